@@ -1,0 +1,229 @@
+"""Training batches: shuffled windows over token shards, in an order that is a pure function of the seed.
+
+Windows. A shard of n tokens has (n - 1) // context_length windows an epoch. They start at a phase drawn for this epoch and
+shard, lie side by side and wrap around the shard's end, so that none overlap and their borders fall elsewhere in every
+epoch. One permutation mixes the windows of all shards.
+
+Order. Windows are numbered on through all epochs: number g is entry g % n of epoch g // n, n being the windows of an epoch.
+Batch k of rank r out of w takes the numbers from (k w + r) B to (k w + r + 1) B, so the ranks together read what one rank
+with a batch of w B reads, a batch may span epochs, nothing is dropped, and the position is one integer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from .windows import Batch, Shard, Tiling
+
+_BUFFERS = 4  # batches read ahead: enough to hide drawing the next epoch's order
+
+
+class WindowOrder:
+    """Which tokens window number g holds. Keeps the order of one epoch at a time; meant for one thread."""
+
+    def __init__(
+        self, shards: Sequence[Shard], context_length: int, seed: int, part: str = "training"
+    ) -> None:
+        self.tiling = Tiling(shards, context_length, part)
+        self.context_length, self.seed = context_length, seed
+        self.n_windows = self.tiling.n_windows
+        self._epoch = -1
+
+    def fill(self, first: int, out: np.ndarray) -> None:
+        """Write windows first, first + 1, ... as out[0] = inputs, out[1] = targets; out is (2, B, context_length)."""
+        for row in range(out.shape[1]):
+            epoch, index = divmod(first + row, self.n_windows)
+            if epoch != self._epoch:
+                self._draw(epoch)
+            shard, place = self.tiling.find(int(self._permutation[index]))
+            tokens, length = self.tiling.tokens[shard], self.context_length
+            start = (int(self._phases[shard]) + place * length) % len(tokens)
+            span = tokens[start : start + length + 1]
+            if len(span) <= length:
+                span = np.concatenate([span, tokens[: length + 1 - len(span)]])
+            out[0, row], out[1, row] = span[:-1], span[1:]
+
+    def _draw(self, epoch: int) -> None:
+        # RandomState's streams are frozen for good; a Generator's may change with numpy, and a resumed run with them
+        random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
+        self._phases = random.randint(0, self.context_length, size=len(self.tiling.tokens))
+        self._permutation = random.permutation(self.n_windows)
+        self._epoch = epoch
+
+
+class TokenLoader:
+    """An endless iterator of (inputs, targets): two int64 tensors (batch_size, context_length) on `device`.
+
+    `shards` are shard files or token arrays; the order is that of the module's docstring. On a GPU a thread reads ahead into
+    pinned memory and the copies run on a stream of their own; on a CPU batches are read when they are asked for. Raises
+    ValueError where no shard holds a window (`part` names the shards in it).
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        context_length: int,
+        batch_size: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+        part: str = "training",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: it takes at least 1")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} of world_size {world_size}: ranks go from 0 to world_size - 1")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: it takes 0 or more")
+        self._order = WindowOrder(shards, context_length, seed, part)
+        self._shape = (2, batch_size, context_length)
+        self._offset, self._step = rank * batch_size, world_size * batch_size
+        self.device = torch.device(device)
+        self.position = 0
+        self._ahead: _ReadAhead | None = None
+
+    @property
+    def n_windows(self) -> int:
+        """Windows in an epoch, over all shards and ranks."""
+        return self._order.n_windows
+
+    @property
+    def epoch(self) -> float:
+        """How many times the data has been gone through: 1.5 is the middle of the second epoch."""
+        return self.position / self.n_windows
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        first = self.position + self._offset
+        if self.device.type == "cuda":
+            if self._ahead is None:
+                buffers = [
+                    torch.empty(self._shape, dtype=torch.int64, pin_memory=True) for _ in range(_BUFFERS)
+                ]
+                self._ahead = _ReadAhead(self._order.fill, first, self._step, buffers, self.device)
+            batch = self._ahead.take()
+        else:
+            batch = torch.empty(self._shape, dtype=torch.int64)
+            self._order.fill(first, batch.numpy())
+            batch = batch.to(self.device)
+        self.position += self._step
+        return batch[0], batch[1]
+
+    def state_dict(self) -> dict[str, int]:
+        """What resuming takes: the number of windows handed out (to all ranks; read-ahead does not count), and what the
+        order depends on. Batch size and ranks may differ when it is loaded."""
+        return {"position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue at a saved position. Raises ValueError where seed, context length or data are not those of the state."""
+        names = {"n_windows": "number of windows", "data": "text's checksum"}
+        for key, value in self._identity().items():
+            if state.get(key) != value:
+                raise ValueError(
+                    f"cannot continue in the training data: its {names.get(key, key)} is {value}, and was {state.get(key)} "
+                    "when the run was saved. Resume with the same data, seed and context length."
+                )
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+        self.position = int(state["position"])
+
+    def _identity(self) -> dict[str, int]:
+        order, data = self._order, 0
+        for (
+            tokens
+        ) in order.tiling.tokens:  # length and first tokens tell texts apart, at no cost for large ones
+            data = zlib.crc32(f"{len(tokens)} {tokens[:1024].tolist()}".encode(), data)
+        return {
+            "seed": order.seed,
+            "context_length": order.context_length,
+            "n_windows": order.n_windows,
+            "data": data,
+        }
+
+
+class _ReadAhead:
+    """Batches filled by a thread, in order, into a ring of host buffers, and copied to the device when they are taken.
+
+    The thread never calls CUDA, which a graph capture in the main thread would not survive. A buffer goes back to it when the
+    copy out of it has ended.
+    """
+
+    def __init__(
+        self,
+        fill: Callable[[int, np.ndarray], None],
+        first: int,
+        step: int,
+        buffers: Sequence[torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[torch.Tensor | BaseException] = queue.SimpleQueue()
+        for buffer in buffers:
+            self._free.put(buffer)
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copied: list[tuple[torch.cuda.Event, torch.Tensor]] = []
+        self._thread = threading.Thread(
+            target=_read_ahead,
+            args=(fill, first, step, self._free, self._ready),
+            daemon=True,
+            name="token-loader",
+        )
+        self._thread.start()
+        self._stop = weakref.finalize(self, self._free.put, None)  # the thread ends with its loader
+
+    def take(self) -> torch.Tensor:
+        """The next batch, on the device, safe to use on the current stream."""
+        for copied, done in self._copied:
+            copied.synchronize()  # issued one batch ago on a stream that waits for no computation: no wait in practice
+            self._free.put(done)
+        self._copied.clear()
+        buffer = self._ready.get()
+        if isinstance(buffer, BaseException):
+            self._ready.put(buffer)  # the thread has ended: whoever asks again is told again
+            raise buffer
+        if self._stream is None:
+            batch = buffer.clone()
+            self._free.put(buffer)
+            return batch
+        current = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            batch = buffer.to(self._device, non_blocking=True)
+            self._copied.append((self._stream.record_event(), buffer))
+        current.wait_stream(self._stream)
+        batch.record_stream(
+            current
+        )  # the memory is the side stream's: not to be given out again before current has used it
+        return batch
+
+    def close(self) -> None:
+        """End the thread; it has left its data alone when this returns."""
+        self._stop()
+        self._thread.join()
+
+
+def _read_ahead(
+    fill: Callable[[int, np.ndarray], None],
+    first: int,
+    step: int,
+    free: queue.SimpleQueue[torch.Tensor | None],
+    ready: queue.SimpleQueue[torch.Tensor | BaseException],
+) -> None:
+    try:
+        while (buffer := free.get()) is not None:
+            fill(first, buffer.numpy())
+            ready.put(buffer)
+            first += step
+    except BaseException as error:
+        ready.put(error)

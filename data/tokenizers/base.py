@@ -1,0 +1,185 @@
+"""What every tokenizer shares: special tokens, refusal of lone surrogates, checked ids, one JSON file on disk.
+
+A tokenizer class says how plain text becomes ids and back and what of it is saved; the rules around that stand here
+once, so that the four kinds cannot drift apart.
+"""
+
+import hashlib
+import json
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar
+
+END_OF_TEXT = "<|endoftext|>"
+FILE_NAME = "tokenizer.json"
+MAX_VOCAB_SIZE = 65536  # token shards hold ids as uint16
+
+T = TypeVar("T")
+
+
+class TokenizerBase(ABC):
+    """Shared half of every tokenizer; the contract is `Tokenizer` in this package's `__init__`.
+
+    A subclass sets `kind`, calls `__init__` with its sizes and fills in the four abstract methods.
+    """
+
+    kind: str
+
+    def __init__(self, vocab_size: int, special_tokens: dict[str, int]) -> None:
+        if vocab_size > MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"a vocabulary of {vocab_size} tokens is too large: ids are stored in 16 bits, "
+                f"so there can be at most {MAX_VOCAB_SIZE}"
+            )
+        self.vocab_size = vocab_size
+        self.special_tokens = special_tokens
+        self.end_of_text = special_tokens[END_OF_TEXT]
+
+    @abstractmethod
+    def _encode(self, text: str, offset: int) -> list[int]:
+        """Ids of text without special tokens; `offset` is its place in the caller's text, for messages."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str:
+        """Text of ids that all lie inside the vocabulary."""
+
+    @abstractmethod
+    def _fields(self) -> dict[str, Any]:
+        """What the saved file holds beside the kind."""
+
+    @classmethod
+    @abstractmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        """The tokenizer of these fields; ValueError says what is wrong with them."""
+
+    def encode(
+        self,
+        text: str,
+        allowed_special: Collection[str] | Literal["all"] = frozenset(),
+        disallowed_special: Collection[str] | Literal["all"] = "all",
+    ) -> list[int]:
+        known = set(self.special_tokens)
+        allowed = known if allowed_special == "all" else known & set(allowed_special)
+        disallowed = known - allowed if disallowed_special == "all" else set(disallowed_special)
+        refuse_lone_surrogates(text)
+        if len(found := split_at(disallowed, text)) > 1:
+            raise ValueError(
+                f"position {len(found[0])} of the text holds the special token {found[1]!r}: pass "
+                f"allowed_special={{{found[1]!r}}} to encode it as one token, or call encode_ordinary to take "
+                "it as plain text"
+            )
+        ids: list[int] = []
+        offset = 0
+        for i, part in enumerate(split_at(allowed, text)):
+            ids.extend([self.special_tokens[part]] if i % 2 else self._encode(part, offset))
+            offset += len(part)
+        return ids
+
+    def encode_ordinary(self, text: str) -> list[int]:
+        refuse_lone_surrogates(text)
+        return self._encode(text, 0)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        checked = [operator.index(i) for i in ids]
+        for i in checked:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"id {i} is not in this vocabulary: its ids are 0 to {self.vocab_size - 1}")
+        return self._decode(checked)
+
+    def _saved_form(self) -> bytes:
+        fields = {"kind": self.kind, **self._fields()}
+        return json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self._saved_form()).hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        path = tokenizer_file(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_bytes(self._saved_form())
+        unfinished.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        fields = read_saved(path)
+        if fields["kind"] != cls.kind:
+            raise ValueError(
+                f"{tokenizer_file(path)} holds a {fields['kind']} tokenizer, not a {cls.kind} one"
+            )
+        try:
+            return cls._from_fields(fields)
+        except ValueError as error:
+            raise ValueError(f"the {cls.kind} tokenizer {tokenizer_file(path)} is damaged: {error}") from None
+
+
+def split_at(special_tokens: Collection[str], text: str) -> list[str]:
+    """Text cut at special tokens: plain parts at even places, special tokens at odd ones.
+
+    Where several tokens begin at the same character the longest one counts.
+    """
+    if not special_tokens:
+        return [text]
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+
+
+def training_parts(texts: Iterable[str], special_tokens: Collection[str] = (END_OF_TEXT,)) -> Iterator[str]:
+    """The plain parts of training texts: a special token's own characters must not shape the vocabulary."""
+    if isinstance(texts, str):
+        raise TypeError("texts takes an iterable of strings, not one string: pass [text]")
+    for text in texts:
+        refuse_lone_surrogates(text)
+        yield from split_at(special_tokens, text)[::2]
+
+
+def refuse_lone_surrogates(text: str) -> None:
+    """Raise ValueError where text holds half a surrogate pair, which no encoding can store."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"position {error.start} of the text holds U+{ord(text[error.start]):04X}, a lone surrogate and no "
+            "character: read the text as UTF-8, or leave it out"
+        ) from None
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The file meant by `path`: itself, or `tokenizer.json` inside a folder (a run)."""
+    path = Path(path)
+    return path / FILE_NAME if path.is_dir() else path
+
+
+def read_saved(path: str | Path) -> dict[str, Any]:
+    """The fields of a saved tokenizer, `kind` among them. FileNotFoundError, or ValueError if it is none."""
+    file = tokenizer_file(path)
+    try:
+        fields = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise FileNotFoundError(f"there is no tokenizer at {file}") from None
+    except ValueError as error:  # broken JSON as well as broken UTF-8
+        raise ValueError(f"{file} is damaged or no tokenizer: {error}") from None
+    if not (isinstance(fields, dict) and isinstance(fields.get("kind"), str)):
+        raise ValueError(
+            f'{file} is not a tokenizer of this program: it has no "kind"; `gpt tokenizer train` writes one'
+        )
+    return fields
+
+
+def field(fields: dict[str, Any], name: str, expected: type[T]) -> T:
+    """One field of a saved tokenizer; ValueError if it is missing or of another type."""
+    value = fields.get(name)
+    if not isinstance(value, expected):
+        raise ValueError(f'"{name}" is missing or not a {expected.__name__}')
+    return value
+
+
+def string_list(fields: dict[str, Any], name: str) -> list[str]:
+    """Like `field`, for a list of strings that all differ."""
+    values = field(fields, name, list)
+    if not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
+        raise ValueError(f'"{name}" must hold strings that all differ')
+    return values

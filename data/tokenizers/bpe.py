@@ -1,0 +1,223 @@
+"""Byte-level byte-pair encoding, trained here: how the merges are learnt, and how they turn text into ids.
+
+Text is cut into pieces by GPT-2's pattern; a piece's UTF-8 bytes are the first symbols, ids 0 to 255. Training joins,
+again and again, the pair of neighbours that occurs most often in all pieces into a new symbol (Sennrich, Haddow and
+Birch 2016, section 3.2; over bytes: Radford et al. 2019, section 2.2). Of pairs that occur equally often the one with
+the smallest ids goes first, so the same text always gives the same merges. Special tokens take the last ids.
+
+`encode_plain` is that definition read backwards, in a few lines of Python. tiktoken does the real work; it chooses by
+the rank of the joined bytes instead of by the pair, which is the same here: pieces that hold the same bytes between two
+token borders are always in the same state of merging, so no bytes ever get two different pairs.
+"""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from heapq import heapify, heappop, heappush
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+import regex
+
+from .base import (
+    END_OF_TEXT,
+    MAX_VOCAB_SIZE,
+    TokenizerBase,
+    field,
+    refuse_lone_surrogates,
+    string_list,
+    training_parts,
+)
+
+if TYPE_CHECKING:
+    import tiktoken
+
+logger = logging.getLogger(__name__)
+
+# GPT-2's pieces. Its own pattern ends in `\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`; possessive repeats find the
+# same pieces and do not fill the stack of tiktoken's regex engine, which panics where a repeat has kept 10^6 ways back.
+PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# Only `\s+(?!\S)` still gives a character back, so long runs of white space are cut there, at the end of their piece.
+LONG_RUN = regex.compile(r"(?=\s\S)(?<=\s{1000})")
+
+
+class BPETokenizer(TokenizerBase):
+    """Byte-level BPE: bytes, then `merges` in the order they were learnt, then special tokens.
+
+    `merges[i]` is the pair of ids that joins into id `256 + i`. `<|endoftext|>` is always among the special tokens: last
+    of them, unless `special_tokens` names it elsewhere. ValueError if a merge joins what does not exist yet or makes
+    bytes that exist already.
+    """
+
+    kind = "bpe"
+    byte_order: ClassVar[bytes] = bytes(range(256))  # the byte that id 0, 1, ... 255 stands for
+
+    def __init__(self, merges: Sequence[tuple[int, int]], special_tokens: Iterable[str] = ()) -> None:
+        tokens = [bytes([byte]) for byte in self.byte_order]
+        for a, b in merges:
+            if not (0 <= a < len(tokens) and 0 <= b < len(tokens)):
+                raise ValueError(
+                    f"merge {len(tokens) - 256} joins {a} and {b}, of which one does not exist yet"
+                )
+            tokens.append(tokens[a] + tokens[b])
+        self._merges = {pair: 256 + i for i, pair in enumerate(merges)}
+        self._ranks = {token: i for i, token in enumerate(tokens)}
+        if len(self._ranks) < len(tokens):
+            raise ValueError("two merges make the same bytes")
+
+        specials = _special_tokens(special_tokens)
+        self._bytes = tokens + [token.encode() for token in specials]
+        super().__init__(len(self._bytes), {token: len(tokens) + i for i, token in enumerate(specials)})
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = ()) -> Self:
+        """Learn merges until there are `vocab_size` tokens, bytes and special tokens included.
+
+        Pieces never reach from one text into the next, so a long text may come in parts. Where the texts have too few
+        merges the vocabulary stays smaller and a warning is logged: what counts is the result's `vocab_size`.
+        ValueError for a `vocab_size` below 256 + special tokens or above 65,536.
+        """
+        specials = _special_tokens(special_tokens)
+        least = 256 + len(specials)
+        if not least <= vocab_size <= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"vocab_size {vocab_size} is outside {least} to {MAX_VOCAB_SIZE}: 256 bytes and "
+                f"{len(specials)} special tokens are always in, and ids are stored in 16 bits"
+            )
+        pieces: Counter[str] = Counter()
+        for part in training_parts(texts, specials):
+            pieces.update(regex.findall(PIECES, part))
+        merges = learn_merges({piece.encode(): n for piece, n in pieces.items()}, vocab_size - least)
+        if len(merges) < vocab_size - least:
+            logger.warning(
+                "the text has only %d merges, so the vocabulary has %d tokens instead of %d",
+                len(merges),
+                least + len(merges),
+                vocab_size,
+            )
+        return cls(merges, specials)
+
+    def _encode(self, text: str, offset: int) -> list[int]:
+        ids: list[int] = []
+        for part in LONG_RUN.split(text):
+            ids += self._encoding.encode_ordinary(part)
+        return ids
+
+    @cached_property
+    def _encoding(self) -> "tiktoken.Encoding":
+        import tiktoken
+
+        # Without special tokens: tiktoken has no order among overlapping ones, so `encode` cuts them out itself.
+        return tiktoken.Encoding(self.kind, pat_str=PIECES, mergeable_ranks=self._ranks, special_tokens={})
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The same ids as `encode_ordinary`, in plain Python: the definition, slow and readable.
+
+        The same for every character that `regex` and tiktoken put into the same class: they come with different
+        versions of Unicode, so letters and numbers assigned in between can begin a piece in one and not in the other.
+        """
+        refuse_lone_surrogates(text)
+        ids: list[int] = []
+        for piece in regex.findall(PIECES, text):
+            symbols = [self._ranks[bytes([byte])] for byte in piece.encode()]
+            while known := [pair for pair in pairwise(symbols) if pair in self._merges]:
+                first_learnt = min(known, key=lambda pair: self._merges[pair])
+                symbols = _replace(symbols, first_learnt, self._merges[first_learnt])
+            ids += symbols
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
+        return b"".join([self._bytes[i] for i in ids]).decode(errors="replace")
+
+    def _fields(self) -> dict[str, Any]:
+        return {"special_tokens": list(self.special_tokens), "merges": list(self._merges)}
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        merges = field(fields, "merges", list)
+        if not all(isinstance(m, list) and len(m) == 2 and all(type(i) is int for i in m) for m in merges):
+            raise ValueError('"merges" must hold pairs of ids')
+        return cls([(a, b) for a, b in merges], string_list(fields, "special_tokens"))
+
+
+def learn_merges(words: Mapping[bytes, int], count: int) -> list[tuple[int, int]]:
+    """The first `count` merges for words that occur so often, fewer if nothing is left to join.
+
+    All words lie in one linked list of symbols, so a merge touches only the places where its pair occurs. A merge takes
+    one symbol out of the list for each place, so the work is O(n log n) in the bytes of the different words, whatever
+    their lengths. Equal to recounting every pair after every merge.
+    """
+    border = -1  # between words; also marks symbols that a merge took out
+    ids = [border]
+    weight = [0]  # how often the word at this place occurs
+    for word, n in words.items():
+        ids += [*word, border]
+        weight += [n] * (len(word) + 1)
+    left = [i - 1 for i in range(len(ids))]
+    right = [i + 1 for i in range(len(ids))]
+
+    counts: defaultdict[tuple[int, int], int] = defaultdict(int)
+    places: defaultdict[tuple[int, int], list[int]] = defaultdict(
+        list
+    )  # ascending; some no longer hold the pair
+    for i, pair in enumerate(pairwise(ids)):
+        if border not in pair:
+            counts[pair] += weight[i]
+            places[pair].append(i)
+
+    # One entry a pair. A count only ever falls once its pair is in the heap, so an entry is an upper bound.
+    heap = [(-n, pair) for pair, n in counts.items()]
+    heapify(heap)
+    merges: list[tuple[int, int]] = []
+    while heap and len(merges) < count:
+        negative_count, pair = heappop(heap)
+        if counts[pair] < -negative_count:
+            if counts[pair]:
+                heappush(heap, (-counts[pair], pair))
+            continue
+        a, b = pair
+        new = 256 + len(merges)
+        merges.append(pair)
+        made: set[tuple[int, int]] = set()
+        for i in places.pop(pair):
+            j = right[i]
+            if ids[i] != a or ids[j] != b:
+                continue
+            before, after = left[i], right[j]
+            ids[i], ids[j] = new, border
+            right[i], left[after] = after, i
+            if ids[before] != border:
+                counts[ids[before], a] -= weight[i]
+                counts[ids[before], new] += weight[i]
+                places[ids[before], new].append(before)
+                made.add((ids[before], new))
+            if ids[after] != border:
+                counts[b, ids[after]] -= weight[i]
+                counts[new, ids[after]] += weight[i]
+                places[new, ids[after]].append(i)
+                made.add((new, ids[after]))
+        del counts[pair]
+        for pair in made:
+            if counts[pair]:  # 0 in a run: aaaa becomes (aa)aa, then (aa)(aa)
+                heappush(heap, (-counts[pair], pair))
+    return merges
+
+
+def _replace(symbols: list[int], pair: tuple[int, int], new: int) -> list[int]:
+    """`symbols` with `new` for every occurrence of `pair`, from left to right."""
+    joined: list[int] = []
+    for symbol in symbols:
+        if joined and (joined[-1], symbol) == pair:
+            joined[-1] = new
+        else:
+            joined.append(symbol)
+    return joined
+
+
+def _special_tokens(special_tokens: Iterable[str]) -> list[str]:
+    specials = list(dict.fromkeys([*special_tokens, END_OF_TEXT]))
+    if "" in specials:
+        raise ValueError("a special token cannot be the empty string")
+    refuse_lone_surrogates("".join(specials))
+    return specials

@@ -1,0 +1,94 @@
+"""GPT-2's own tokenizer: 256 bytes, 50,000 merges published by OpenAI as `vocab.bpe`, and `<|endoftext|>` = 50256.
+
+The merges are not part of this program. They come from tiktoken's cache, from a folder, or from the network through
+tiktoken; a saved tokenizer carries them (about half a megabyte), so a run works on a machine that has none of these.
+`encoder.json`, published beside `vocab.bpe`, only lists the ids that follow from it and is not read.
+"""
+
+import hashlib
+import os
+import tempfile
+import urllib.request
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any, Self
+
+from .base import field
+from .bpe import BPETokenizer
+
+URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+NAMES = ("vocab.bpe", hashlib.sha1(URL.encode()).hexdigest())  # the second is what tiktoken's cache calls it
+
+
+def _byte_order() -> bytes:
+    """Printable bytes of Latin-1 first, then the others: GPT-2's ids 0 to 255."""
+    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    return bytes(printable + [b for b in range(256) if b not in printable])
+
+
+class GPT2Tokenizer(BPETokenizer):
+    """GPT-2's tokenizer from the text of its `vocab.bpe`; ValueError if it is another file's text."""
+
+    kind = "gpt2"
+    byte_order = _byte_order()
+
+    def __init__(self, vocab_bpe: str) -> None:
+        if hashlib.sha256(vocab_bpe.encode()).hexdigest() != SHA256:
+            raise ValueError("its text is not that of GPT-2's vocab.bpe (the sha256 differs)")
+        self._vocab_bpe = vocab_bpe
+        # The file writes a printable byte as its Latin-1 character, the other 68 as U+0100 and what follows.
+        ids = {chr(b if i < 188 else 256 + i - 188): i for i, b in enumerate(self.byte_order)}
+        merges = []
+        for line in vocab_bpe.split("\n")[1:-1]:
+            a, b = line.split(" ")
+            merges.append((ids[a], ids[b]))
+            ids[a + b] = len(ids)
+        super().__init__(merges)
+
+    @classmethod
+    def find(cls, folder: str | Path | None = None) -> Self:
+        """Read `vocab.bpe` from `folder`; without one, from tiktoken's cache or else the network.
+
+        FileNotFoundError says where to get the file and where to put it; ValueError if another file has its name.
+        """
+        where = _cache() if folder is None else Path(folder)
+        file = next((where / name for name in NAMES if where and (where / name).is_file()), None)
+        if file is None and folder is not None:
+            raise FileNotFoundError(f"{where} holds no vocab.bpe of GPT-2: it is published at {URL}")
+        data = file.read_bytes() if file else _download()
+        try:
+            return cls(data.decode())
+        except ValueError:
+            raise ValueError(
+                f"{file or URL} is not GPT-2's vocab.bpe (its sha256 should be {SHA256}): remove it and fetch {URL}"
+            ) from None
+
+    def _fields(self) -> dict[str, Any]:
+        return {"vocab_bpe": self._vocab_bpe}
+
+    @classmethod
+    def _from_fields(cls, fields: dict[str, Any]) -> Self:
+        return cls(field(fields, "vocab_bpe", str))
+
+
+def _cache() -> Path | None:
+    """The folder in which tiktoken keeps what it fetched; None if its cache is turned off."""
+    default = str(Path(tempfile.gettempdir(), "data-gym-cache"))
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
+    return Path(folder) if folder else None
+
+
+def _download() -> bytes:
+    from tiktoken.load import read_file_cached
+
+    try:
+        # tiktoken sets no time limit and can hang for minutes, so first see whether there is a network at all.
+        urllib.request.urlopen(URL, timeout=5).close()
+        return read_file_cached(URL, SHA256)
+    except (OSError, HTTPException, ValueError) as error:
+        raise FileNotFoundError(
+            f"GPT-2's vocabulary is not on this machine and cannot be fetched ({error}). Where there is a network, "
+            f"download {URL} and put the file vocab.bpe (encoder.json may lie beside it) into a folder here; then set "
+            "TIKTOKEN_CACHE_DIR to that folder, or name the tokenizer gpt2:FOLDER"
+        ) from None

@@ -1,0 +1,7 @@
+"""`python -m fusedgpt.gpt ...` is `gpt ...`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,393 @@
+"""What a run is made of: the model's shape, the training settings, named presets, and their validation.
+
+The names are GPT-2's own; `ALIASES` lists the names that other GPT implementations use for the same things, and
+every place that takes a key (a dictionary, a TOML file, a flag) takes those too.
+"""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    "n_embd": ("emb_dim", "d_model", "hidden_size"),
+    "n_head": ("n_heads", "num_heads", "num_attention_heads"),
+    "n_layer": ("n_layers", "num_layers", "num_hidden_layers"),
+    "context_length": ("context_len", "block_size", "n_positions", "n_ctx", "max_position_embeddings"),
+    "tie_weights": ("tie_word_embeddings", "weight_tying"),
+    "embd_dropout": ("embd_pdrop",),
+    "attn_dropout": ("attn_pdrop",),
+    "resid_dropout": ("resid_pdrop",),
+    "steps": ("max_iters", "max_steps", "num_iterations"),
+    "lr": ("learning_rate",),
+    "micro_batch": ("micro_batch_size",),
+    "grad_clip": ("max_grad_norm",),
+}
+DROPOUTS = ("embd_dropout", "attn_dropout", "resid_dropout")
+DROPOUT_ALIASES = ("drop_rate", "dropout")  # one rate for all three
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a GPT. The defaults are GPT-2's smallest model, as released (Radford et al., 2019)."""
+
+    vocab_size: int = 50257
+    """Tokens in the vocabulary; `gpt train` takes the tokenizer's real size."""
+    context_length: int = 1024
+    """The most tokens that the model sees at once."""
+    n_layer: int = 12
+    """Blocks of attention and feed-forward."""
+    n_head: int = 12
+    """Attention heads; must divide n_embd."""
+    n_embd: int = 768
+    """Width of the residual stream."""
+    embd_dropout: float = 0.0
+    """Dropout after the embeddings."""
+    attn_dropout: float = 0.0
+    """Dropout of the attention weights."""
+    resid_dropout: float = 0.0
+    """Dropout of what a sub-layer adds to the residual stream."""
+    bias: bool = True
+    """Biases in LayerNorms, projections and the feed-forward."""
+    qkv_bias: bool = True
+    """Biases of queries, keys and values too (never without `bias`)."""
+    tie_weights: bool = True
+    """One matrix for the token embedding and the head."""
+    norm: Literal["pre", "post"] = "pre"
+    """LayerNorm before each sub-layer (GPT-2) or after each addition (GPT-1)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
+            _require(
+                _is_int(getattr(self, name)) and getattr(self, name) >= 1,
+                self,
+                name,
+                "a whole number from 1 up",
+            )
+        for name in DROPOUTS:
+            _require(0.0 <= getattr(self, name) < 1.0, self, name, "a probability from 0 to below 1")
+        if self.n_embd % self.n_head:
+            fitting = [heads for heads in range(1, self.n_embd + 1) if self.n_embd % heads == 0]
+            nearest = min(fitting, key=lambda heads: abs(heads - self.n_head))
+            raise ValueError(
+                f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}; the nearest that does is {nearest}"
+            )
+        _require(self.norm in ("pre", "post"), self, "norm", "'pre' or 'post'")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding: the vocabulary padded to a multiple of 128, which the matmuls are fastest at."""
+        return -(-self.vocab_size // 128) * 128
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """A configuration from a dictionary with these names or those of other implementations (`ALIASES`).
+
+        Raises:
+            ValueError: an unknown key (the nearest known one is named) or a value that is not allowed.
+        """
+        known = [field.name for field in fields(cls)]
+        return cls(**canonical(values, known, "model configuration"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained and on what."""
+
+    data: str = "tales"
+    """A .txt, .jsonl or .parquet file, a folder of them, a folder of token shards, or one of the names tales,
+    the-verdict, tinyshakespeare, fineweb10B."""
+    tokenizer: str = "bpe"
+    """gpt2, bpe (byte-level, trained on the data), word, char, or the path of a saved tokenizer."""
+    bpe_vocab_size: int = 4096
+    """Size of the vocabulary that a bpe tokenizer is trained to."""
+    val_fraction: float = 0.1
+    """Share of the data, its end, that is held out for validation."""
+
+    steps: int = 1000
+    """Optimizer steps."""
+    epochs: float = 0.0
+    """Passes over the data; replaces `steps` where it is above 0."""
+    batch_size: int = 16
+    """Sequences in one optimizer step."""
+    micro_batch: int = 0
+    """Sequences in one forward pass; must divide batch_size, and gradients accumulate. 0: the whole batch."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the blocks' matrices with adamw for everything else."""
+    lr: float = 6e-4
+    """Peak learning rate of adamw."""
+    muon_lr: float = 0.02
+    """Peak learning rate of muon."""
+    min_lr_ratio: float = 0.1
+    """Learning rate at the end, as a share of its peak."""
+    warmup_steps: int = 100
+    """Steps over which the learning rate rises from 0."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """The learning rate after warm-up; wsd: constant, then linear over the last cooldown_fraction."""
+    cooldown_fraction: float = 0.2
+    """Share of all steps over which wsd decays."""
+    weight_decay: float = 0.1
+    """Decay of matrices and embeddings; biases and LayerNorms have none."""
+    beta1: float = 0.9
+    """Adam's decay rate of the mean of gradients."""
+    beta2: float = 0.95
+    """Adam's decay rate of the mean of squared gradients."""
+    grad_clip: float = 1.0
+    """Largest norm of all gradients together; 0: no clipping."""
+
+    device: str = "auto"
+    """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations; weights and optimizer stay float32. auto: bfloat16 on a GPU that has it, else float32."""
+    float32_residual: bool = False
+    """Keep the residual stream in float32 beside lower-precision activations."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward instead of keeping its activations."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Which implementation the operators use."""
+    seed: int = 0
+    """Of initial weights, batches, dropout and samples."""
+
+    log_interval: int = 10
+    """Steps between lines of the log."""
+    eval_interval: int = 100
+    """Steps between evaluations on the validation part."""
+    eval_windows: int = 128
+    """Validation windows of context_length tokens in one evaluation, the same each time."""
+    sample_interval: int = 0
+    """Steps between samples of text; 0: at every evaluation."""
+    sample_tokens: int = 100
+    """Tokens in such a sample."""
+    prompt: str = ""
+    """What samples begin with; empty: the start of a document."""
+    save_interval: int = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay."""
+    min_accepted: float = 0.0
+    """Tales only: fail where the grammar accepts a smaller share of the tales that the trained model writes."""
+    tensorboard: bool = False
+    """Also log to TensorBoard, into the run's folder."""
+    wandb: bool = False
+    """Also log to Weights & Biases."""
+
+    def __post_init__(self) -> None:
+        whole = {"steps": 1, "batch_size": 1, "log_interval": 1, "eval_interval": 1, "eval_windows": 1}
+        whole |= {"save_interval": 1, "keep_checkpoints": 1, "bpe_vocab_size": 257}
+        whole |= {"micro_batch": 0, "warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0}
+        for name, low in whole.items():
+            _require(
+                _is_int(getattr(self, name)) and getattr(self, name) >= low,
+                self,
+                name,
+                f"a whole number from {low} up",
+            )
+        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "epochs"):
+            _require(0.0 <= getattr(self, name) < float("inf"), self, name, "a number from 0 up")
+        for name in ("min_lr_ratio", "cooldown_fraction", "min_accepted"):
+            _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a number from 0 to 1")
+        for name in ("beta1", "beta2", "val_fraction"):
+            _require(0.0 <= getattr(self, name) < 1.0, self, name, "a number from 0 to below 1")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}"
+            )
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes in one optimizer step."""
+        return self.batch_size // self.micro_batch if self.micro_batch else 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    model: ModelConfig
+    train: TrainConfig
+
+    def flat(self) -> dict[str, Any]:
+        return asdict(self.model) | asdict(self.train)
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any]) -> "RunConfig":
+        """The configuration with these values and defaults for the rest; the keys are canonical names."""
+        own = {field.name for field in fields(ModelConfig)}
+        return cls(
+            ModelConfig(**{key: value for key, value in values.items() if key in own}),
+            TrainConfig(**{key: value for key, value in values.items() if key not in own}),
+        )
+
+
+KEYS = tuple(field.name for config in (ModelConfig, TrainConfig) for field in fields(config))
+
+# Training settings of the four GPT-2 sizes: GPT-3's table 2.1 for the learning rates, llm.c's run for the rest.
+_PRETRAIN = {
+    "data": "fineweb10B",
+    "tokenizer": "gpt2",
+    "steps": 19073,
+    "batch_size": 512,
+    "warmup_steps": 700,
+    "min_lr_ratio": 0.0,
+    "eval_interval": 250,
+    "save_interval": 1000,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "tales": {
+        "data": "tales",
+        "tokenizer": "bpe",
+        "bpe_vocab_size": 768,
+        "context_length": 192,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 64,
+        "optimizer": "muon",
+        "steps": 1000,
+        "batch_size": 16,
+        "lr": 4e-3,
+        "muon_lr": 0.02,
+        "min_lr_ratio": 0.0,
+        "warmup_steps": 20,
+        "schedule": "wsd",
+        "cooldown_fraction": 0.5,
+        "weight_decay": 0.0,
+        "min_accepted": 0.5,
+    },
+    "small": {
+        "tokenizer": "bpe",
+        "bpe_vocab_size": 4096,
+        "context_length": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 192,
+        "optimizer": "muon",
+        "lr": 2e-3,
+        "warmup_steps": 50,
+        "batch_size": 8,
+        "resid_dropout": 0.1,
+        "embd_dropout": 0.1,
+    },
+    "verdict": {
+        "data": "the-verdict",
+        "tokenizer": "gpt2",
+        "context_length": 256,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 192,
+        "embd_dropout": 0.1,
+        "attn_dropout": 0.1,
+        "resid_dropout": 0.1,
+        "qkv_bias": False,
+        "tie_weights": False,
+        "epochs": 10.0,
+        "batch_size": 2,
+        "lr": 2e-3,
+        "warmup_steps": 10,
+        "eval_interval": 5,
+    },
+    "shakespeare-char": {
+        "data": "tinyshakespeare",
+        "tokenizer": "char",
+        "context_length": 64,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_embd": 128,
+        "bias": False,
+        "steps": 2000,
+        "batch_size": 12,
+        "lr": 1e-3,
+        "beta2": 0.99,
+        "eval_interval": 250,
+        "eval_windows": 240,
+    },
+    "shakespeare-char-gpu": {
+        "data": "tinyshakespeare",
+        "tokenizer": "char",
+        "context_length": 256,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_embd": 384,
+        "bias": False,
+        "embd_dropout": 0.2,
+        "attn_dropout": 0.2,
+        "resid_dropout": 0.2,
+        "steps": 5000,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "beta2": 0.99,
+        "eval_interval": 250,
+        "eval_windows": 400,
+    },
+    "gpt2": _PRETRAIN | {"lr": 6e-4, "micro_batch": 64},
+    "gpt2-medium": _PRETRAIN | {"n_layer": 24, "n_head": 16, "n_embd": 1024, "lr": 3e-4, "micro_batch": 32},
+    "gpt2-large": _PRETRAIN | {"n_layer": 36, "n_head": 20, "n_embd": 1280, "lr": 2.5e-4, "micro_batch": 16},
+    "gpt2-xl": _PRETRAIN
+    | {
+        "n_layer": 48,
+        "n_head": 25,
+        "n_embd": 1600,
+        "lr": 2e-4,
+        "micro_batch": 16,
+        "activation_checkpointing": True,
+    },
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The configuration of that name.
+
+    Raises:
+        ValueError: there is none; the nearest is named.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+    return RunConfig.from_flat(PRESETS[name])
+
+
+def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+    """The same values under this project's names.
+
+    Raises:
+        ValueError: a key that is neither a known name nor an alias of one, or two names for one thing.
+    """
+    known = set(known)
+    names = {alias: name for name, aliases in ALIASES.items() if name in known for alias in aliases}
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in DROPOUT_ALIASES and known.issuperset(DROPOUTS):
+            targets: tuple[str, ...] = DROPOUTS
+        elif key in names or key in known:
+            targets = (names.get(key, key),)
+        else:
+            options = {**dict.fromkeys(known), **dict.fromkeys(names), **dict.fromkeys(DROPOUT_ALIASES)}
+            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, options)}")
+        for target in targets:
+            if target in result and result[target] != value:
+                raise ValueError(
+                    f"{where}: {key!r} sets {target} to {value!r}, but it is already {result[target]!r}"
+                )
+            result[target] = value
+    return result
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest option (and what it stands for), or nothing where none is near."""
+    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    if not matches:
+        return ""
+    meaning = next((key for key, aliases in ALIASES.items() if matches[0] in aliases), None)
+    return f"; did you mean {matches[0]!r}" + (f" ({meaning})" if meaning else "") + "?"
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(condition: bool, config: object, name: str, takes: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {getattr(config, name)!r} is not allowed; it takes {takes}")

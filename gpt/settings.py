@@ -1,0 +1,185 @@
+"""Where the settings of a run come from, and the file that keeps them.
+
+Five layers, each over the one before: defaults, a preset, the run that is resumed, a TOML file, flags. `config.toml` in a
+run's folder holds the result with the origin of every value, and is itself a file that `--config` and `--resume` read.
+No torch here: a mistake in the settings shows at once.
+"""
+
+import json
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from .config import (
+    DROPOUTS,
+    KEYS,
+    PRESETS,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    canonical,
+    nearest,
+    preset,
+)
+
+DEFAULT_PRESET = "small"
+SECTIONS = ("model", "train")
+TYPES: dict[str, Any] = get_type_hints(ModelConfig) | get_type_hints(TrainConfig)
+# What a run cannot change once it has begun: its weights and its tokens would no longer fit.
+FIXED = (*(f.name for f in fields(ModelConfig) if f.name not in DROPOUTS), "tokenizer", "bpe_vocab_size")
+_TAKES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run before it starts: `origins` says of every key whether it is a default or which preset, run, file or flag set it."""
+
+    config: RunConfig
+    out: Path
+    resume: bool
+    origins: dict[str, str]
+
+
+def resolve(
+    flags: Mapping[str, Any],
+    preset_name: str | None = None,
+    file: Path | None = None,
+    resume: Path | None = None,
+    out: Path | None = None,
+) -> Settings:
+    """Lay the sources of settings over each other: defaults < preset < resumed run < file < flags.
+
+    A layer that sets `steps` without `epochs` means steps: the epochs of the layers below are gone.
+
+    Args:
+        flags: settings by name; other implementations' names (`ALIASES`) are known.
+        preset_name: one of `PRESETS`; `DEFAULT_PRESET` where there is no run to resume either.
+        file: a TOML file, see `read_config`.
+        resume: the folder of a run to continue.
+        out: the folder of a new run; `runs/<preset>` by default.
+
+    Raises:
+        ValueError: an unknown preset or key (the nearest is named), a wrong type or value, settings that do not fit together
+            or that the resumed run cannot change.
+        FileNotFoundError: no such file or run.
+        FileExistsError: the output folder is in use.
+    """
+    if resume is not None and out is not None and out.resolve() != resume.resolve():
+        raise ValueError(f"--out {out} does not go with --resume {resume}: a run continues in its own folder")
+    layers: list[tuple[str, Mapping[str, Any]]] = [
+        ("default", RunConfig(ModelConfig(), TrainConfig()).flat())
+    ]
+    if resume is None and preset_name is None:
+        preset_name = DEFAULT_PRESET
+    if preset_name is not None:
+        preset(preset_name)  # raises for an unknown name
+        layers.append((f"preset {preset_name}", PRESETS[preset_name]))
+    run = read_run(resume) if resume is not None else {}
+    layers.append((f"run {resume}", run))
+    if file is not None:
+        layers.append((f"file {file}", read_config(file)))
+    layers.append(("flag", _checked(flags, "flags")))
+
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        if "steps" in layer and "epochs" not in layer:
+            layer = {**layer, "epochs": 0.0}
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+
+    for key in FIXED:
+        if key in run and values[key] != run[key]:
+            raise ValueError(
+                f"{key} = {values[key]!r} ({origins[key]}) does not fit {resume}, which was begun with {run[key]!r}; "
+                f"leave it out, or start a new run with another --out"
+            )
+    folder = resume or out or Path("runs", preset_name or DEFAULT_PRESET)
+    if resume is None:
+        require_unused(folder)
+    return Settings(RunConfig.from_flat(values), folder, resume is not None, origins)
+
+
+def require_unused(folder: Path) -> None:
+    """Raise FileExistsError where `folder` is a file or holds anything: nothing is ever written over."""
+    if (folder / "config.toml").exists():
+        raise FileExistsError(
+            f"{folder}: output folder in use, it holds a run; continue that with: gpt train --resume {folder}, "
+            "or choose another folder"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """The settings of the run in the folder `run`, flat.
+
+    Raises:
+        FileNotFoundError: the folder holds no run; one of a similar name beside it is named.
+        ValueError: its config.toml is damaged.
+    """
+    file = run / "config.toml"
+    if not file.is_file():
+        what = "it has no config.toml" if run.exists() else "there is no such folder"
+        runs = [found.parent.name for found in run.parent.glob("*/config.toml")]
+        raise FileNotFoundError(f"{run} is not a run: {what}{nearest(run.name, runs)}")
+    return read_config(file)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings in a TOML file by their own names: in sections [model] and [train], or flat.
+
+    A float may be written as a whole number; every other value has exactly the type that its setting takes.
+
+    Raises:
+        ValueError: no TOML (the line is named), an unknown section or key (the nearest is named), a wrong type.
+        OSError: the file cannot be read.
+    """
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # TOMLDecodeError gives line and column, UnicodeDecodeError the position
+        raise ValueError(f"{path}: {error}") from None
+    values: dict[str, Any] = {}
+    for name, value in document.items():
+        if isinstance(value, dict) and name not in SECTIONS:
+            raise ValueError(
+                f"{path}: unknown section [{name}]{nearest(name, SECTIONS)}; there are [model] and [train]"
+            )
+        section = value if isinstance(value, dict) else {name: value}
+        if twice := sorted(values.keys() & section.keys()):
+            raise ValueError(f"{path}: {twice[0]!r} is given twice")
+        values |= section
+    return _checked(values, str(path))
+
+
+def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> None:
+    """Write every setting as TOML, with a comment that says where it came from ("default" where `origins` does not say)."""
+    lines = ["# The settings of this run. Another one like it: gpt train --config THIS_FILE --out FOLDER"]
+    for section, values in asdict(config).items():
+        lines += ["", f"[{section}]"]
+        for key, value in values.items():
+            # JSON's numbers, booleans and strings are TOML's too, but for DEL, which TOML wants escaped
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            origin = "".join(c if c.isprintable() else "?" for c in origins.get(key, "default"))
+            lines.append(f"{f'{key} = {text}':<40}  # from {origin}")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The same values under this project's names, their types checked; whole numbers for floats become floats."""
+    result = canonical(values, KEYS, where)
+    for key, value in result.items():
+        kind = TYPES[key]
+        if get_origin(kind) is Literal:
+            allowed, takes = value in get_args(kind), " or ".join(map(repr, get_args(kind)))
+        else:  # the exact type: True is no whole number
+            allowed, takes = type(value) in ((int, float) if kind is float else (kind,)), _TAKES[kind]
+        if not allowed:
+            raise ValueError(f"{where}: {key} = {value!r} is not allowed; it takes {takes}")
+        result[key] = float(value) if kind is float else value
+    return result

@@ -1,0 +1,65 @@
+"""Which device and dtype a run computes on, and a loud word where a GPU is present but cannot be used."""
+
+import shutil
+import subprocess
+import sys
+import warnings
+
+import torch
+
+from .step import DTYPES
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is a GPU where one works and the CPU otherwise.
+
+    A GPU that is present but unusable is reported on stderr, with the remedy.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    with warnings.catch_warnings(record=True) as said:  # torch says here why a driver does not serve
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if name == "auto":
+        if not available and (obstacle := _lost_gpu([str(w.message) for w in said])):
+            print(f"warning: this machine has a GPU that is not used: {obstacle}", file=sys.stderr)
+        return torch.device("cuda" if available else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device {name!r} is none that torch knows; take auto, cpu, cuda or cuda:N"
+        ) from None
+    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+        found = torch.cuda.device_count() if available else 0
+        why = _lost_gpu([str(w.message) for w in said]) or f"torch finds {found} CUDA devices here"
+        raise ValueError(f"device {name!r} cannot be used: {why}; --device auto takes what there is")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The activations' dtype; "auto" is bfloat16 on a GPU that has it (else float16), and float32 on a CPU."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def _lost_gpu(said: list[str]) -> str | None:
+    """Why a GPU that the driver lists cannot be used from this torch, or None where there is none."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
+    if listed.returncode or "GPU" not in listed.stdout:
+        return None
+    gpu = listed.stdout.splitlines()[0].split(" (")[0]
+    if torch.version.cuda is None:
+        return f"{gpu}; torch {torch.__version__} is a build for CPUs. Install a CUDA build: pip install --upgrade torch"
+    reason = (
+        said[0].splitlines()[0]
+        if said
+        else f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot start it"
+    )
+    return f"{gpu}; {reason} Update the driver, or install a torch for its CUDA version"

@@ -1,0 +1,145 @@
+"""What a run shows: a live line on a terminal, one plain line a log interval elsewhere, and a closing page."""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from ...data.loader import TokenLoader
+from ...data.shards import TokenShards
+from ...kernels import explain
+from ..config import RunConfig
+from ..evaluate import TalesReport
+from ..model import GPT
+
+
+class Display:
+    """Prints the progress of a run; a context manager around its steps."""
+
+    def __init__(self) -> None:
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self) -> None:
+        self.bar.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def start(
+        self,
+        config: RunConfig,
+        model: GPT,
+        loader: TokenLoader,
+        shards: TokenShards,
+        device: torch.device,
+        step: int,
+    ) -> None:
+        shape, settings = config.model, config.train
+        name = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"CPU, {torch.get_num_threads()} threads"
+        )
+        passes = settings.steps * settings.batch_size / loader.n_windows
+        self.say(
+            f"data   {settings.data}: {shards.train_tokens:,} tokens to train on, {shards.val_tokens:,} to validate; "
+            f"{shards.tokenizer.kind} tokenizer of {shape.vocab_size:,}"
+        )
+        self.say(
+            f"model  {model.num_params():,} parameters: {shape.n_layer} layers of width {shape.n_embd}, "
+            f"{shape.n_head} heads, context {shape.context_length}"
+        )
+        self.say(
+            f"train  {settings.steps:,} steps of {settings.batch_size} x {shape.context_length} tokens "
+            f"({passes:.2g} passes), {settings.optimizer}, {settings.dtype} on {name}"
+        )
+        probe = torch.empty(0, dtype=getattr(torch, settings.dtype), device=device)
+        self.say(f"       {explain('attention', probe)}")
+        if step:
+            self.say(f"       continued from step {step:,}")
+        self.task = self.bar.add_task("training", total=settings.steps, completed=step, numbers="")
+        self.width = len(f"{settings.steps:,}")
+
+    def advance(self, step: int) -> None:
+        self.bar.update(self.task, completed=step)
+
+    def progress(self, record: dict[str, Any], steps: int) -> None:
+        """A log interval has ended."""
+        numbers = f"loss {record['loss']:.4f}  {_count(record['tokens_per_second'])} tokens/s"
+        if "mfu" in record:
+            numbers += f"  MFU {record['mfu']:.1%}"
+        numbers += f"  {record['memory'] / 2**30:.1f} GiB"
+        self.bar.update(self.task, completed=record["step"], numbers=numbers)
+        if not self.console.is_terminal:
+            left = (steps - record["step"]) * record["seconds_per_step"]
+            self.say(f"step {record['step']:>{self.width},}/{steps:,}  {numbers}  {_duration(left)} left")
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        line = f"step {record['step']:>{self.width},}  validation loss {record['val_loss']:.4f}"
+        line += f"  perplexity {record['val_perplexity']:,.2f}"
+        if "train_loss" in record:
+            line += f"  training loss {record['train_loss']:.4f}"
+        if "best_possible" in record:
+            line += f"  best possible {record['best_possible']:.4f}"
+        self.say(line)
+
+    def sample(self, text: str) -> None:
+        self.console.print(Text("    " + text.strip().replace("\n", "\n    "), style="dim"))
+
+    def end(self, out: Path, steps: int, picture: Path, report: TalesReport | None) -> None:
+        if report:
+            self.say("\n" + "\n".join(report.lines()) + f"\n\n{report.sample}")
+        gpt = program()
+        self.say(
+            f"\nloss curve  {picture}\n"
+            f"generate    {gpt} generate {out}\n"
+            f"go on       {gpt} train --resume {out} --steps {2 * steps}\n"
+            f"your text   {gpt} train --data FILE.txt --out runs/mine"
+        )
+
+
+def program() -> str:
+    """How this program is called from the shell that started it: `gpt` where that is on the PATH."""
+    script = Path(sys.executable).with_name("gpt")
+    if not script.exists():
+        return "python -m fusedgpt.gpt"
+    found = shutil.which("gpt")
+    return "gpt" if found and Path(found).samefile(script) else os.path.relpath(script)
+
+
+def _count(number: float) -> str:
+    return (
+        f"{number / 1e6:.2f} M"
+        if number >= 1e6
+        else f"{number / 1e3:.1f} k"
+        if number >= 1e3
+        else f"{number:.0f}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,288 @@
+"""Training from text to a run folder: prepare, then step, evaluate, log and save until done or interrupted."""
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...data.corpus import open_corpus, split_name
+from ...data.loader import TokenLoader
+from ...data.shards import stored_tokenizer, token_shards
+from ...data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from ...kernels import use_backend
+from ..config import RunConfig, TrainConfig
+from ..evaluate import (
+    Batch,
+    TalesReport,
+    evaluate_tales,
+    mean_loss,
+    tales_floor,
+    validation_batches,
+    validation_tales,
+)
+from ..generate import generate_text
+from ..model import GPT
+from ..optim import Optimizers, build_optimizers, lr_factor
+from ..settings import write_config
+from .checkpoint import (
+    latest_checkpoint,
+    load_model,
+    load_optimizers,
+    read_state,
+    save_checkpoint,
+    start_run,
+)
+from .device import pick_device, pick_dtype
+from .display import Display, program
+from .metrics import MetricsLog, Speedometer, overfitting, peak_memory, plot_runs
+from .step import TrainStep
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: what happened, at which step, and what to do."""
+
+
+@dataclass
+class Session:
+    """Everything that a run needs in memory."""
+
+    out: Path
+    config: RunConfig
+    tokenizer: Tokenizer
+    model: GPT
+    optimizers: Optimizers
+    loader: TokenLoader
+    validation: list[Batch]
+    step: TrainStep
+    log: MetricsLog
+    display: Display
+    floor: float | None  # the best possible loss in nats a token, where it is known
+
+
+def train(
+    config: RunConfig, out: Path, resume: bool = False, origins: Mapping[str, str] | None = None
+) -> None:
+    """Train a model and leave a run folder.
+
+    Args:
+        config: of the run; the vocabulary's size is replaced by the tokenizer's.
+        out: the run folder; new, or with `resume` one to continue.
+        resume: continue the run in `out` from its newest checkpoint.
+        origins: where each setting came from, to be saved with the run.
+
+    Raises:
+        ValueError, OSError: the settings do not fit together, the data cannot be read, the folder is in use.
+        TrainingError: the loss is no longer finite, or the model fell short of `min_accepted`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step has ended and a checkpoint has been written.
+    """
+    with use_backend(config.train.backend):
+        session = prepare(config, out, resume, origins or {})
+        with _interruption() as interrupted, session.display:
+            run_steps(session, interrupted)
+        if interrupted:
+            session.display.say(
+                f"stopped after step {session.step.step:,}; go on with: gpt train --resume {out}"
+            )
+            raise KeyboardInterrupt
+        finish(session)
+
+
+def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, str]) -> Session:
+    """Text to tokens, tokens to batches; model, optimizers and log, new or from the newest checkpoint."""
+    display = Display()
+    device = pick_device(config.train.device)
+    dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
+    settings = replace(config.train, dtype=dtype)
+    checkpoint = latest_checkpoint(out) if resume else None
+    state = read_state(checkpoint) if checkpoint else {"step": 0}
+
+    tokenizer = load_tokenizer(out / "tokenizer.json") if resume else build_tokenizer(config.train)
+    shards = token_shards(settings.data, tokenizer, settings.val_fraction, progress=True)
+    shape = replace(config.model, vocab_size=tokenizer.vocab_size)
+    loader = TokenLoader(
+        shards.train,
+        shape.context_length,
+        settings.micro_batch or settings.batch_size,
+        settings.seed,
+        device=device,
+    )
+    validation = validation_batches(shards, settings, shape.context_length, device)
+    if settings.epochs:
+        settings = replace(
+            settings, steps=math.ceil(settings.epochs * loader.n_windows / settings.batch_size)
+        )
+
+    torch.manual_seed(settings.seed)
+    with torch.device(device):
+        model = GPT(shape)
+    optimizers = build_optimizers(model, settings)
+    if checkpoint:
+        load_model(model, checkpoint)
+        load_optimizers(model, optimizers, checkpoint)
+        if "loader" in state:
+            loader.load_state_dict(state["loader"])
+    step = TrainStep(model, optimizers, loader, settings, step=state["step"])
+    if "scaler" in state:
+        step.scaler.load_state_dict(state["scaler"])
+    config = RunConfig(shape, settings)
+    if resume:
+        write_config(out / "config.toml", config, origins)
+    else:
+        start_run(out, config, tokenizer, origins)
+    log = MetricsLog(out / "metrics.jsonl", state["step"])
+    is_tales = split_name(settings.data)[0] == "tales"
+    floor = tales_floor(validation_tales(settings.eval_windows), tokenizer) if is_tales else None
+    display.start(config, model, loader, shards, device, state["step"])
+    return Session(out, config, tokenizer, model, optimizers, loader, validation, step, log, display, floor)
+
+
+def build_tokenizer(settings: TrainConfig) -> Tokenizer:
+    """The tokenizer that the data's tokens were made with, or the one that the settings ask for."""
+    if stored := stored_tokenizer(settings.data):
+        return stored
+    texts = open_corpus(settings.data, settings.val_fraction).train_texts()
+    return make_tokenizer(
+        settings.tokenizer, texts, settings.bpe_vocab_size if settings.tokenizer == "bpe" else None
+    )
+
+
+def run_steps(session: Session, interrupted: list[int]) -> None:
+    """Step until the last one is done or a signal has come; leave a checkpoint of where it stopped."""
+    settings, step = session.config.train, session.step
+    speed = Speedometer(
+        session.config.model, session.model.num_params(position_embeddings=False), step.device
+    )
+    tokens_a_step = settings.batch_size * session.config.model.context_length
+    losses: list[torch.Tensor] = []
+    if step.step == 0:
+        evaluate(session, train_loss=None)
+        speed.start()
+    while step.step < settings.steps and not interrupted:
+        loss, norm = step()
+        losses.append(loss)
+        last = step.step == settings.steps or bool(interrupted)
+        if step.step % settings.log_interval == 0 or last:
+            record = {"step": step.step, "loss": finite(torch.stack(losses).mean().item(), session)}
+            record |= {"lr": settings.lr * lr_factor(step.step - 1, settings), "grad_norm": norm.item()}
+            record |= speed.read(len(losses), tokens_a_step) | {"memory": peak_memory(step.device)}
+            record |= {"tokens": step.step * tokens_a_step, "epoch": round(session.loader.epoch, 4)}
+            session.log.write(record)
+            session.display.progress(record, settings.steps)
+            losses.clear()
+        else:
+            session.display.advance(step.step)
+        pause = time.perf_counter()
+        if step.step % settings.eval_interval == 0 or last:
+            evaluate(session, record["loss"] if not losses else torch.stack(losses).mean().item())
+        if settings.sample_interval and step.step % settings.sample_interval == 0:
+            sample(session)
+        if step.step % settings.save_interval == 0 or last:
+            save(session)
+        speed.pause(time.perf_counter() - pause)
+
+
+def evaluate(session: Session, train_loss: float | None) -> None:
+    """Loss on the validation part, with a word where the model starts to overfit, and a sample of text."""
+    step = session.step
+    loss = mean_loss(session.model, session.validation, step.dtype)
+    record: dict[str, Any] = {
+        "step": step.step,
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700.0)),
+    }
+    if train_loss is None:
+        session.log.write(record)
+        session.display.evaluation(record)
+        return
+    record["train_loss"] = train_loss
+    if session.floor is not None:
+        record["best_possible"] = session.floor
+    session.log.write(record)
+    session.display.evaluation(record)
+    if warning := overfitting(session.log.history):
+        session.display.say(warning)
+    if not session.config.train.sample_interval:
+        sample(session)
+    plot_runs([session.out])
+
+
+def sample(session: Session) -> str:
+    """Let the model continue the prompt; into the log and samples.txt."""
+    settings, step = session.config.train, session.step
+    if not settings.sample_tokens:
+        return ""
+    (text,) = generate_text(
+        session.model,
+        session.tokenizer,
+        [settings.prompt],
+        max_tokens=settings.sample_tokens,
+        seed=settings.seed,
+        dtype=step.dtype,
+    )
+    text = settings.prompt + text
+    with (session.out / "samples.txt").open("a", encoding="utf-8") as file:
+        file.write(f"--- step {step.step}\n{text}\n\n")
+    session.display.sample(text)
+    return text
+
+
+def save(session: Session) -> None:
+    """Write a checkpoint from which the run goes on exactly as if it had not stopped."""
+    state = {"step": session.step.step, "loader": session.loader.state_dict()}
+    if scaler := session.step.scaler.state_dict():
+        state["scaler"] = scaler
+    save_checkpoint(
+        session.out, session.model, session.optimizers, state, session.config.train.keep_checkpoints
+    )
+
+
+def finite(loss: float, session: Session) -> float:
+    """The loss, where it is a number."""
+    if math.isfinite(loss):
+        return loss
+    checkpoint = latest_checkpoint(session.out)
+    back = f"{checkpoint} holds the last good step" if checkpoint else "there is no checkpoint yet"
+    raise TrainingError(
+        f"the loss became {loss} before step {session.step.step}: {back}. A lower --lr (and --muon-lr), more "
+        "--warmup-steps or a smaller --grad-clip help; in float16 so does --dtype bfloat16"
+    )
+
+
+def finish(session: Session) -> None:
+    """Draw the curve, say how good the model is and what can be done with it."""
+    settings = session.config.train
+    session.log.close()
+    report: TalesReport | None = None
+    if session.floor is not None:
+        report = evaluate_tales(session.model, session.tokenizer, session.step.dtype)
+    session.display.end(session.out, settings.steps, plot_runs([session.out]), report)
+    if report and report.accepted < settings.min_accepted:
+        raise TrainingError(
+            f"only {report.accepted:.0%} of the generated tales are accepted by the grammar, below the "
+            f"{settings.min_accepted:.0%} of --min-accepted; train for more --steps"
+        )
+
+
+@contextmanager
+def _interruption() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM instead of dying of them; a second one kills at once."""
+    received: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,157 @@
+"""Every operator in plain PyTorch, a few lines each: what a CPU runs, and what every kernel is tested against.
+
+Statistics and element-wise arithmetic are in float32 (float64 for float64 inputs), matmuls in the activation's
+dtype; weights are cast to the activation's dtype on the way in.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .backend import without_autocast
+from .dropout import ATTENTION_LEVELS, attention_keep_mask, attention_threshold, dropout, keep_scale
+
+
+def embed(
+    ids: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None, stream: int, out_dtype: torch.dtype
+) -> Tensor:
+    tokens = F.embedding(ids, wte)  # (B, T, C)
+    x = tokens + wpe[: ids.shape[1]]
+    return _dropout(x, p, seed, stream).to(out_dtype)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
+    wide = _wide(x)
+    bias = None if bias is None else bias.to(wide.dtype)
+    return F.layer_norm(wide, wide.shape[-1:], weight.to(wide.dtype), bias, eps).to(out_dtype)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+    x_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    branch = _wide(x) if x_bias is None else _wide(x) + x_bias
+    residual_out = (residual + _dropout(branch, p, seed, stream)).to(residual.dtype)
+    return layer_norm(residual_out, weight, bias, eps, x.dtype), residual_out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    p: float,
+    seed: Tensor | None,
+    stream: int,
+    scale: float,
+    causal: bool,
+    first_key: Tensor | None,
+) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+    q_len, k_len = q.shape[2], k.shape[2]
+    square = causal and q_len == k_len and q_len > 1
+    if p == 0.0 and first_key is None and (square or not causal or q_len == 1):
+        # torch's own kernel computes the same without the (T, T) matrix: 3 times faster on two cores at T = 256
+        return F.scaled_dot_product_attention(q, k, v, is_causal=square, scale=scale).transpose(1, 2)
+
+    with without_autocast(q):  # scores are float32, as in every fused kernel: bfloat16 ones cost 6 times the error
+        scores = _wide(q) @ _wide(k).mT * scale  # (B, H, Tq, Tk)
+    visible = _visible(q_len, k_len, causal, first_key, q.device)
+    scores = scores.masked_fill(~visible, -math.inf)
+    weights = torch.softmax(scores, -1).masked_fill(~visible, 0.0)  # a row that sees nothing: 0, not NaN
+    if p > 0.0:
+        assert seed is not None  # checked by the public function
+        keep = attention_keep_mask(seed, stream, q.shape[0] * q.shape[1], q_len, k_len, p)
+        weights = weights * keep.view(weights.shape) * keep_scale(attention_threshold(p) / ATTENTION_LEVELS)
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
+
+
+def _visible(q_len: int, k_len: int, causal: bool, first_key: Tensor | None, device: torch.device) -> Tensor:
+    """Which keys a query sees, bool and broadcastable to (B, H, Tq, Tk): the last query sees up to the last key."""
+    key = torch.arange(k_len, device=device)
+    last = torch.arange(q_len, device=device)[:, None] + (k_len - q_len)
+    visible = key <= last if causal else torch.ones(q_len, k_len, dtype=torch.bool, device=device)
+    return visible if first_key is None else visible & (key >= first_key[:, None, :, None])
+
+
+def gelu_mlp(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    approximate: str,
+    recompute: bool,
+) -> Tensor:
+    if recompute:
+        return checkpoint(
+            _mlp, x, w_fc, b_fc, w_proj, b_proj, approximate, use_reentrant=False, preserve_rng_state=False
+        )
+    return _mlp(x, w_fc, b_fc, w_proj, b_proj, approximate)
+
+
+def _mlp(
+    x: Tensor, w_fc: Tensor, b_fc: Tensor | None, w_proj: Tensor, b_proj: Tensor | None, approximate: str
+) -> Tensor:
+    pre = linear(x, w_fc, b_fc)  # (..., 4C)
+    activation = TanhGELU.apply(pre) if approximate == "tanh" else F.gelu(pre)
+    return linear(activation, w_proj, b_proj)
+
+
+_GELU_C1 = 2 * math.sqrt(2 / math.pi)  # constants of the module: Dynamo does not take a Function's attributes
+_GELU_C3 = 0.044715 * _GELU_C1
+
+
+class TanhGELU(torch.autograd.Function):
+    """0.5 x (1 + tanh u) with u = √(2/π) (x + 0.044715 x³), written as x · σ(2u) (Hendrycks and Gimpel, 2016).
+
+    ATen's own takes 1.6 times as long on a CPU, forward and backward together (768 × 512, float32).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        wide = _wide(x)
+        gate = (wide * wide).mul_(_GELU_C3).add_(_GELU_C1).mul_(wide).sigmoid_()
+        ctx.save_for_backward(x, gate)
+        return (wide * gate).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x, gate = ctx.saved_tensors
+        wide = _wide(x)
+        slope = (wide * wide).mul_(3 * _GELU_C3).add_(_GELU_C1).mul_(wide)  # x · d(2u)/dx
+        slope = slope.mul_(1 - gate).add_(1).mul_(gate)
+        return (slope * grad).to(x.dtype)
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, reduction: str
+) -> Tensor:
+    logits = linear(x, weight[:vocab_size], None)  # (N, V)
+    return F.cross_entropy(_wide(logits), targets.long(), ignore_index=ignore_index, reduction=reduction)
+
+
+def _dropout(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
+    if p == 0.0:
+        return x
+    assert seed is not None  # checked by the public function
+    return dropout(x, p, seed, stream)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,61 @@
+"""What every test needs before its first import: this checkout as `fusedgpt`, the environment, and the files beside the checkout.
+
+Whatever is installed, the tests run on this checkout: a folder holding a link `fusedgpt -> checkout` leads sys.path and, for
+subprocesses, PYTHONPATH. The checkout itself is kept off both, else `import kernels` in transformers would find ours.
+"""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def _gpu_present() -> bool:
+    """Looked up without torch, whose import would come too early for the variables set here."""
+    devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
+    return bool(devices) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+
+
+_links = tempfile.TemporaryDirectory(prefix="fusedgpt-tests-")  # lives as long as this process
+Path(_links.name, "fusedgpt").symlink_to(ROOT)
+sys.path[:] = [_links.name, *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_links.name, os.environ.get("PYTHONPATH")]))
+os.environ["PYTHONSAFEPATH"] = "1"
+
+if not _gpu_present():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ["TRITON_DEFAULT_FP_FUSION"] = (
+    "1"  # Triton 3.10 changes the default: the same arithmetic on either side of it
+)
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the tests' tensors are small, and the bits must not depend on the core count
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is a mistake: it shall fail at once
+
+if (SHARED / "tokenizer").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of public texts beside the checkout: the-verdict.txt, tinyshakespeare.txt, instruction-data.json."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder}: the public texts are not part of the repository")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gpt2_tokenizer_cache() -> Path:
+    """A folder that tiktoken can read GPT-2's vocabulary from, without a network (TIKTOKEN_CACHE_DIR names it)."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip(
+            f"no {SHARED / 'tokenizer'} and no TIKTOKEN_CACHE_DIR: GPT-2's vocabulary is not part of the repository"
+        )
+    return Path(folder)

@@ -1,0 +1,371 @@
+"""Sources of text: what is read, how it is split, which mistakes are named, and downloads from a server of our own."""
+
+import hashlib
+import http.server
+import json
+import socket
+import threading
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from fusedgpt.data import corpus
+from fusedgpt.data.corpus import cache_dir, download, open_corpus, split_name
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def jsonl(*texts: str) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+# ---- what is read and how it is split
+
+
+def test_a_single_text_is_split_by_characters(tmp_path):
+    text = "".join(chr(ord("a") + i % 26) for i in range(1000))
+    one = open_corpus(write(tmp_path / "a.txt", text))
+    assert list(one.train_texts()) == [text[:900]]
+    assert list(one.val_texts()) == [text[900:]]
+    assert not one.separated
+    assert one.n_bytes == 1000
+    assert list(one.train_texts()) == [text[:900]]  # from the start again
+
+
+def test_the_verdict_is_split_as_the_book_splits_it(shared_data):
+    text = (shared_data / "the-verdict.txt").read_text(encoding="utf-8")
+    verdict = open_corpus(shared_data / "the-verdict.txt")
+    assert list(verdict.train_texts()) == [text[: int(0.9 * len(text))]]
+    assert list(verdict.val_texts()) == [text[int(0.9 * len(text)) :]]
+
+
+def test_many_documents_are_split_whole_and_each_goes_to_one_part(tmp_path):
+    texts = [f"document {i}" for i in range(100)]
+    many = open_corpus(write(tmp_path / "a.jsonl", jsonl(*texts)), val_fraction=0.2)
+    train, val = list(many.train_texts()), list(many.val_texts())
+    assert sorted(train + val) == sorted(texts)
+    assert len(val) == 20
+    assert many.separated
+    gaps = [int(b.split()[1]) - int(a.split()[1]) for a, b in pairwise(val)]
+    assert set(gaps) == {5}  # spread over the file, not its end
+
+
+def test_few_documents_each_give_their_end(tmp_path):
+    three = open_corpus(write(tmp_path / "a.jsonl", jsonl("a" * 100, "b" * 10, "c" * 50)))
+    assert list(three.train_texts()) == ["a" * 90, "b" * 9, "c" * 45]
+    assert list(three.val_texts()) == ["a" * 10, "b", "c" * 5]
+    assert three.separated
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction"), [(10, 0.1), (9, 0.1), (3, 1 / 3), (2, 0.5), (20, 0.07), (7, 0.9)]
+)
+def test_neither_part_is_ever_empty(tmp_path, count, fraction):
+    some = open_corpus(write(tmp_path / "a.jsonl", jsonl(*["some words here"] * count)), fraction)
+    assert "".join(some.train_texts())
+    assert "".join(some.val_texts())
+
+
+def test_a_folder_is_read_in_order_and_its_blank_and_hidden_files_are_passed_over(tmp_path):
+    folder = tmp_path / "texts"
+    write(folder / "b.txt", "second")
+    write(folder / "a" / "x.TXT", "first")
+    write(folder / "c.jsonl", jsonl("third", "", " \n", "fourth"))
+    write(folder / "blank.txt", " \n")
+    write(folder / "notes.md", "no text for us")
+    write(folder / ".git" / "x.txt", "hidden")
+    documents = list(open_corpus(folder, val_fraction=0.5).train_texts()) + list(
+        open_corpus(folder, 0.5).val_texts()
+    )
+    assert documents == ["first", "third", "second", "fourth"]
+
+
+def test_a_folder_is_read_one_file_at_a_time(tmp_path):
+    for i in range(20):
+        write(tmp_path / "texts" / f"{i:02}.txt", f"text {i}")
+    write(tmp_path / "texts" / "99.txt", b"\xff")
+    texts = open_corpus(tmp_path / "texts", val_fraction=0.5).train_texts()  # 99.txt is not looked at yet
+    assert next(texts) == "text 0"
+    with pytest.raises(ValueError, match=r"99\.txt: not valid UTF-8"):
+        list(texts)
+
+
+def test_line_ends_stay_and_a_byte_order_mark_goes(tmp_path):
+    two = open_corpus(write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\ntwo\r\n"), val_fraction=0.5)
+    assert "".join([*two.train_texts(), *two.val_texts()]) == "one\r\ntwo\r\n"
+
+
+def test_parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="pyarrow is an extra")
+    import pyarrow.parquet as pq
+
+    texts = [f"row {i}, é" for i in range(3000)]
+    pq.write_table(pa.table({"text": texts, "id": range(3000)}), tmp_path / "a.parquet")
+    rows = open_corpus(tmp_path / "a.parquet")
+    assert sorted([*rows.train_texts(), *rows.val_texts()]) == sorted(texts)
+    pq.write_table(pa.table({"body": texts}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="no column 'text', but 'body'"):
+        open_corpus(tmp_path / "b.parquet")
+    pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "c.parquet")
+    with pytest.raises(ValueError, match=r"c\.parquet, row 2: 'text' is NoneType"):
+        open_corpus(tmp_path / "c.parquet")
+    write(tmp_path / "d.parquet", "text")
+    with pytest.raises(ValueError, match="not a readable parquet file"):
+        open_corpus(tmp_path / "d.parquet")
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install 'fusedgpt\[parquet\]'"):
+        open_corpus(write(tmp_path / "a.parquet", "x"))
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    path = write(tmp_path / "a.txt", "some text")
+    first = open_corpus(path).fingerprint
+    assert open_corpus(path).fingerprint == first
+    write(path, "other text")
+    assert open_corpus(path).fingerprint != first
+
+
+def test_tales_hold_out_other_tales(monkeypatch):
+    short = open_corpus("tales:40")
+    train, val = list(short.train_texts()), list(short.val_texts())
+    assert len(train) == 40
+    assert len(val) == corpus.TALES_VAL
+    assert train == list(short.train_texts())
+    assert train != val[:40]
+    assert short.separated
+    assert short.name == "tales:40"
+    assert short.fingerprint != open_corpus("tales:41").fingerprint
+
+
+def test_names():
+    assert split_name("tales") == ("tales", None)
+    assert split_name("fineweb10B:8") == ("fineweb10B", 8)
+    assert split_name("tales.txt") == (None, None)
+    assert split_name(Path("tales")) == (None, None)
+
+
+# ---- mistakes
+
+MISTAKES = {
+    "empty": ("a.txt", b"", "a.txt is empty"),
+    "blank": ("a.txt", b" \n\t\n", "a.txt is empty"),
+    "binary": ("a.txt", b"abc\0def", r"binary, not text \(NUL byte at position 3\)"),
+    "latin-1": ("a.txt", b"caf\xe9 au lait", r"not valid UTF-8 at byte 3 \(0xe9\).*iconv"),
+    "ending": (
+        "a.pdf",
+        b"x",
+        r"files ending in \.pdf are not supported; give one that ends in \.txt, \.jsonl, \.parquet",
+    ),
+    "no ending": ("a", b"x", "files without an ending are not supported"),
+    "json": ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a\.jsonl, line 3: not JSON"),
+    "field": (
+        "a.jsonl",
+        b'{"body": "a", "id": 1}\n',
+        r"line 1: no field 'text' in it, but the fields 'body', 'id'",
+    ),
+    "no object": ("a.jsonl", b'"text"\n', "line 1: no field 'text' in it, but str"),
+    "no string": ("a.jsonl", b'{"text": 5}\n', "line 1: 'text' is int, not a string"),
+    "surrogate": ("a.jsonl", b'{"text": "a\\ud800"}\n', "line 1: a lone surrogate at character 1"),
+    "bytes": (
+        "a.jsonl",
+        b'{"text": "a"}\n{"text": "\xff"}\n',
+        "line 2: not valid UTF-8 at byte 10 of the line",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_bad_file_is_named_with_place_and_remedy(tmp_path, name, content, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        open_corpus(write(tmp_path / name, content))
+    assert str(tmp_path / name) in str(raised.value)
+
+
+def test_what_is_not_there_is_named_with_the_nearest(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "novel.txt", "text")
+    with pytest.raises(
+        FileNotFoundError, match=r"novl\.txt: no such file or folder; did you mean novel\.txt\?"
+    ):
+        open_corpus("novl.txt")
+    with pytest.raises(FileNotFoundError, match=r"nowhere/at/all: no such file or folder; check the path"):
+        open_corpus("nowhere/at/all")
+    with pytest.raises(
+        ValueError, match=r"neither a file.*Did you mean tinyshakespeare\?.*Names: tales, the-verdict"
+    ):
+        open_corpus("tinyshakspeare")
+    with pytest.raises(ValueError, match=r"neither a file.*Names:"):
+        open_corpus("qqqq")
+    with pytest.raises(ValueError, match="Did you mean fineweb10B"):
+        open_corpus("fineweb10b:3")
+
+
+def test_a_folder_without_texts_says_what_it_holds(tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"no texts.*nothing"):
+        open_corpus(tmp_path / "none")
+    write(tmp_path / "some" / "a.docx", "x")
+    with pytest.raises(ValueError, match=r"no texts.*only \.docx"):
+        open_corpus(tmp_path / "some")
+
+
+@pytest.mark.parametrize(
+    "source", ["tales:", "tales:0", "tales:-3", "tales:many", "tales:²", "the-verdict:3"]
+)
+def test_a_number_that_makes_no_sense(source):
+    with pytest.raises(ValueError, match="number"):
+        open_corpus(source)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 1.5, float("nan")])
+def test_a_fraction_that_makes_no_sense(fraction):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        open_corpus("tales", fraction)
+
+
+def test_fineweb_is_no_text():
+    with pytest.raises(ValueError, match="tokens, not text"):
+        open_corpus("fineweb10B")
+
+
+# ---- downloads
+
+
+@pytest.fixture
+def server():
+    """A server on this machine: path -> body; `lies` promises more than it sends."""
+    bodies = {"/text": b"Words. " * 1000, "/lies": b"short"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path not in bodies:
+                self.send_error(404)
+                return
+            self.send_response(200)
+            if self.path != "/unsized":
+                self.send_header("Content-Length", str(len(bodies[self.path]) + 100 * (self.path == "/lies")))
+            self.end_headers()
+            self.wfile.write(bodies[self.path])
+
+        def log_message(self, *args):
+            pass
+
+    bodies["/unsized"] = bodies["/text"]
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.bodies = bodies
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def dead_url():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{unused.getsockname()[1]}/text"
+
+
+def left(folder: Path) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_download_arrives_whole(server, cache):
+    body = server.bodies["/text"]
+    download(f"{server.url}/text", cache / "a.txt", max_bytes=7000, sha256=hashlib.sha256(body).hexdigest())
+    assert (cache / "a.txt").read_bytes() == body
+    assert left(cache) == ["a.txt"]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "message", "options"),
+    [
+        ("/text", ValueError, "sha256 .* expected 00ff", {"max_bytes": 7000, "sha256": "00ff"}),
+        ("/text", ValueError, "larger than the 6,999 bytes", {"max_bytes": 6999}),
+        ("/unsized", ValueError, "larger than the 6,999 bytes", {"max_bytes": 6999}),
+        ("/lies", FileNotFoundError, "ended after 5 of 105 bytes", {"max_bytes": 7000}),
+        ("/nothing", FileNotFoundError, "404", {"max_bytes": 7000}),
+    ],
+)
+def test_a_bad_download_leaves_nothing(server, cache, path, kind, message, options):
+    with pytest.raises(kind, match=message):
+        download(server.url + path, cache / "a.txt", **options)
+    assert left(cache) == []
+
+
+def test_a_download_that_fails_its_check_leaves_nothing(server, cache):
+    def check(path):
+        assert path.read_bytes() == server.bodies["/text"]
+        raise ValueError("not what was wanted")
+
+    with pytest.raises(ValueError, match="not what was wanted"):
+        download(f"{server.url}/text", cache / "a.txt", max_bytes=7000, check=check)
+    assert left(cache) == []
+
+
+def test_a_download_larger_than_the_disk_is_refused(server, cache, monkeypatch):
+    usage = __import__("collections").namedtuple("usage", "total used free")(10000, 5000, 5000)
+    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ValueError, match="FUSEDGPT_CACHE"):
+        download(f"{server.url}/text", cache / "a.txt", max_bytes=7000)
+
+
+def test_without_a_network_the_error_says_where_the_file_goes(dead_url, cache, monkeypatch):
+    known = corpus._Download(dead_url, 4, hashlib.sha256(b"text").hexdigest())
+    monkeypatch.setitem(corpus._DOWNLOADS, "the-verdict", known)
+    with pytest.raises(FileNotFoundError) as raised:
+        open_corpus("the-verdict")
+    where = cache / "the-verdict.txt"
+    assert dead_url in str(raised.value)
+    assert f"put that file at {where} (sha256 {known.sha256})" in str(raised.value)
+    assert "--data FILE" in str(raised.value)
+
+    write(where, "text")  # and that is what makes it work
+    assert "".join(open_corpus("the-verdict", 0.5).train_texts()) == "te"
+    write(where, "other")
+    with pytest.raises(ValueError, match="not the the-verdict that is known here"):
+        open_corpus("the-verdict")
+
+
+def test_a_named_text_is_downloaded_once(server, cache, monkeypatch):
+    body = server.bodies["/text"]
+    known = corpus._Download(f"{server.url}/text", len(body), hashlib.sha256(body).hexdigest())
+    monkeypatch.setitem(corpus._DOWNLOADS, "tinyshakespeare", known)
+    first = open_corpus("tinyshakespeare")
+    del server.bodies["/text"]
+    again = open_corpus("tinyshakespeare")
+    assert first.fingerprint == again.fingerprint
+    assert "".join([*again.train_texts(), *again.val_texts()]) == body.decode()
+
+
+@pytest.mark.parametrize("name", ["the-verdict", "tinyshakespeare"])
+def test_the_known_checksums_are_those_of_the_public_texts(shared_data, name):
+    body = (shared_data / f"{name}.txt").read_bytes()
+    known = corpus._DOWNLOADS[name]
+    assert (len(body), hashlib.sha256(body).hexdigest()) == (known.size, known.sha256)
+
+
+def test_where_the_cache_is(monkeypatch, tmp_path):
+    assert cache_dir() == tmp_path / "cache"
+    monkeypatch.delenv("FUSEDGPT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_dir() == Path("/x/fusedgpt")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/h")
+    assert cache_dir() == Path("/h/.cache/fusedgpt")

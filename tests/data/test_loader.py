@@ -1,0 +1,361 @@
+"""The order of training windows, its exact continuation, the thread that reads ahead, and the fixed windows."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from fusedgpt.data.loader import TokenLoader, WindowOrder, _ReadAhead
+from fusedgpt.data.shards import open_shard, token_shards, write_shards
+from fusedgpt.data.tokenizers import make_tokenizer
+from fusedgpt.data.windows import EvalWindows, WindowDataset
+from torch.utils.data import DataLoader
+
+T = 8
+LENGTHS = [100, 5, 9, 58]  # 12 + 0 + 1 + 7 windows
+N = 20
+
+
+@pytest.fixture
+def shards():
+    """Every token of every shard differs, so a window tells where it comes from."""
+    starts = np.cumsum([0, *LENGTHS])
+    return [np.arange(a, a + n, dtype=np.uint16) for a, n in zip(starts, LENGTHS, strict=False)]
+
+
+def take(loader, n):
+    batches = [next(loader) for _ in range(n)]
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# ---- the order
+
+
+def test_every_window_comes_once_an_epoch_and_none_overlap(shards):
+    inputs, targets = take(TokenLoader(shards, T, N), 3)
+    starts = set()
+    for epoch in range(3):
+        rows = inputs[epoch * N : (epoch + 1) * N]
+        assert len(rows.unique()) == N * T  # no token is an input twice
+        for shard in shards:
+            inside = [row for row in rows.tolist() if row[0] in shard]
+            assert len(inside) == (len(shard) - 1) // T
+            for row in inside:  # contiguous in the shard, around its end
+                at = [(row[0] - int(shard[0]) + i) % len(shard) + int(shard[0]) for i in range(T)]
+                assert row == at
+        starts.add(tuple(rows[:, 0].sort().values.tolist()))
+    assert len(starts) == 3  # the borders move
+    for x, y in zip(inputs.tolist(), targets.tolist(), strict=True):
+        assert x[1:] == y[:-1]
+        shard = next(s for s in shards if x[0] in s)
+        assert y[-1] == (x[-1] - int(shard[0]) + 1) % len(shard) + int(shard[0])
+
+
+def test_batches_are_what_the_model_takes(shards):
+    x, y = next(TokenLoader(shards, T, 3))
+    for batch in (x, y):
+        assert batch.dtype == torch.int64
+        assert batch.shape == (3, T)
+        assert batch.is_contiguous()
+
+
+def test_the_order_is_shuffled_and_follows_the_seed(shards):
+    one, other = take(TokenLoader(shards, T, N, seed=1), 1), take(TokenLoader(shards, T, N, seed=2), 1)
+    assert same(one, take(TokenLoader(shards, T, N, seed=1), 1))
+    assert not same(one, other)
+    epochs = take(TokenLoader(shards, T, N, seed=1), 2)[0]
+    place = [next(i for i, s in enumerate(shards) if row[0] in s) for row in epochs.tolist()]
+    assert place[:N] != sorted(place[:N])
+    assert place[:N] != place[N:]
+
+
+def test_the_order_is_uniform(shards):
+    """Over many epochs each start is as likely as any other, and so is each place in the epoch."""
+    order = WindowOrder([np.arange(65, dtype=np.uint16)], T, seed=0)
+    epochs, out = 2000, np.empty((2, 8, T), dtype=np.int64)
+    first = np.zeros(65)
+    for epoch in range(epochs):
+        order.fill(epoch * 8, out)
+        first[out[0, 0, 0]] += 1
+    # a start is window j at phase p, both uniform: 8 j + p, so 64 starts of 65 are possible at 1/64 each
+    expected = epochs / 64
+    assert first[64] == 0
+    assert ((first[:64] - expected) ** 2 / expected).sum() < 120  # chi square, 63 degrees: 1e-5 above 120
+
+
+def test_the_order_stays_what_it_was():
+    """Saved runs depend on it: a change of the order must be meant."""
+    x = take(TokenLoader([np.arange(100, dtype=np.uint16)], T, 4, seed=3), 4)[0]
+    assert x[:, 0].tolist() == ORDER
+
+
+ORDER = [12, 44, 68, 4, 36, 76, 92, 20, 60, 84, 28, 52, 77, 93, 5, 69]  # epochs of 12 windows
+
+
+def test_shard_files_and_arrays_give_the_same(shards, tmp_path):
+    files = [write_shards([s], tmp_path, f"train{i}")[0] for i, s in enumerate(shards)]
+    assert same(take(TokenLoader(files, T, 3), 20), take(TokenLoader(shards, T, 3), 20))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 20, 33, 61])
+def test_the_batch_size_only_cuts_the_stream(shards, batch_size):
+    whole = take(TokenLoader(shards, T, 1), 183)
+    parts = take(TokenLoader(shards, T, batch_size), -(-183 // batch_size))
+    assert same([part[:183] for part in parts], whole)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_share_the_stream_of_one(shards, world_size):
+    whole = TokenLoader(shards, T, 4 * world_size)
+    ranks = [TokenLoader(shards, T, 4, rank=r, world_size=world_size) for r in range(world_size)]
+    for _ in range(12):  # several epochs, with borders inside batches
+        together = [next(rank) for rank in ranks]
+        assert same([torch.cat(side) for side in zip(*together, strict=True)], next(whole))
+        assert {rank.position for rank in ranks} == {whole.position}
+
+
+# ---- continuing
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("batches", [0, 1, 4, 6, 7, 50])
+def test_a_resumed_loader_continues_bit_for_bit(shards, world_size, batches):
+    for rank in range(world_size):
+        loader = TokenLoader(shards, T, 3, seed=5, rank=rank, world_size=world_size)
+        for _ in range(batches):
+            next(loader)
+        state = loader.state_dict()
+        expected = take(loader, 20)
+        resumed = TokenLoader(shards, T, 3, seed=5, rank=rank, world_size=world_size)
+        next(resumed)
+        resumed.load_state_dict(state)
+        assert same(take(resumed, 20), expected)
+
+
+def test_another_number_of_ranks_continues_the_same_stream(shards):
+    whole = take(TokenLoader(shards, T, 6), 10)
+    before = TokenLoader(shards, T, 3, rank=0, world_size=2)
+    take(before, 4)
+    after = TokenLoader(shards, T, 6)
+    after.load_state_dict(before.state_dict())
+    assert same(take(after, 6), [side[24:] for side in whole])
+
+
+def test_other_data_are_refused(shards):
+    state = TokenLoader(shards, T, 3, seed=5).state_dict()
+    assert state["position"] == 0
+    edited = [shards[0].copy(), *shards[1:]]
+    edited[0][3] = 999
+    longer = [*shards[:-1], np.append(shards[-1], 7)]  # as many windows as before
+    for other, message in (
+        (TokenLoader(shards, T, 3, seed=6), "its seed is 6, and was 5"),
+        (TokenLoader(shards, T + 1, 3, seed=5), "its context_length is 9, and was 8"),
+        (TokenLoader(shards[:1], T, 3, seed=5), "its number of windows is 12, and was 20"),
+        (TokenLoader(edited, T, 3, seed=5), "its text's checksum"),
+        (TokenLoader(longer, T, 3, seed=5), "its text's checksum"),
+    ):
+        with pytest.raises(ValueError, match=f"cannot continue in the training data: {message}"):
+            other.load_state_dict(state)
+        assert other.position == 0
+
+
+def test_position_and_epoch_count_windows_of_all_ranks(shards):
+    loader = TokenLoader(shards, T, 5, rank=1, world_size=2)
+    take(loader, 3)
+    assert loader.position == loader.state_dict()["position"] == 30
+    assert loader.n_windows == N
+    assert loader.epoch == 1.5
+
+
+# ---- reading ahead
+
+
+def read_ahead(loader, depth=3):
+    buffers = [torch.empty(loader._shape, dtype=torch.int64) for _ in range(depth)]
+    return _ReadAhead(
+        loader._order.fill, loader.position + loader._offset, loader._step, buffers, torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_what_is_read_ahead_is_what_is_read(shards, depth):
+    loader = TokenLoader(shards, T, 3, rank=1, world_size=2)
+    ahead = read_ahead(TokenLoader(shards, T, 3, rank=1, world_size=2), depth)
+    taken = [ahead.take() for _ in range(30)]  # all kept: none may be written over
+    for batch in taken:
+        assert same(batch, next(loader))
+    ahead.close()
+
+
+def test_reading_ahead_stops_when_all_buffers_are_full(shards):
+    filled = []
+
+    def fill(first, out):
+        filled.append(first)
+
+    ahead = _ReadAhead(fill, 7, 10, [torch.empty(2, 1, T, dtype=torch.int64)] * 3, torch.device("cpu"))
+    deadline = time.monotonic() + 5
+    while len(filled) < 3 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert filled == [7, 17, 27]
+    ahead.take()
+    ahead.close()
+    assert filled[:4] == [7, 17, 27, 37]
+
+
+def test_an_error_while_reading_ahead_reaches_the_reader_every_time():
+    def fill(first, out):
+        if first == 2:
+            raise OSError("the disk is gone")
+
+    ahead = _ReadAhead(fill, 0, 1, [torch.empty(2, 1, T, dtype=torch.int64)] * 2, torch.device("cpu"))
+    ahead.take(), ahead.take()
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            ahead.take()
+
+
+def test_the_thread_ends_with_its_loader(shards):
+    loader = TokenLoader(shards, T, 3)
+    loader._ahead = read_ahead(loader)
+    thread = loader._ahead._thread
+    loader._ahead.take()
+    assert thread in threading.enumerate()
+    del loader
+    thread.join(5)
+    assert not thread.is_alive()
+
+
+def test_loading_a_state_starts_reading_anew(shards):
+    loader = TokenLoader(shards, T, 3)
+    state = loader.state_dict()
+    loader._ahead = read_ahead(loader)
+    thread = loader._ahead._thread
+    loader._ahead.take()
+    loader.load_state_dict(state)
+    assert not thread.is_alive()
+    assert loader._ahead is None
+    assert same(next(loader), next(TokenLoader(shards, T, 3)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory and streams take a GPU")
+def test_a_gpu_gets_the_same_batches_while_it_is_busy(shards):
+    loader, expected = TokenLoader(shards, T, 3, device="cuda"), TokenLoader(shards, T, 3)
+    matrix = torch.randn(4096, 4096, device="cuda")
+    sums = []
+    for _ in range(50):  # memory is handed on while earlier batches still wait to be used
+        matrix = matrix @ matrix * 1e-2
+        x, y = next(loader)
+        assert x.is_cuda
+        sums.append(torch.stack([x, y]).clone())
+        del x, y
+    assert loader.state_dict() == {**expected.state_dict(), "position": 150}
+    for got in sums:
+        assert same(got.cpu(), next(expected))
+
+
+# ---- fixed windows
+
+
+def test_evaluation_sees_every_window_in_order(shards):
+    batches = list(EvalWindows(shards, T, 6))
+    assert [len(x) for x, _ in batches] == [6, 6, 6, 2]
+    x, y = (torch.cat(side) for side in zip(*batches, strict=True))
+    assert x[:, 0].tolist() == [*range(0, 96, T), 105, *range(114, 170, T)]
+    assert torch.equal(x[:, 1:], y[:, :-1])
+    assert torch.equal(y[:, -1], x[:, -1] + 1)
+
+
+def test_fewer_windows_are_spread_evenly_and_stay_the_same(shards):
+    some = EvalWindows(shards, T, 2, max_windows=5)
+    first = [x[:, 0].tolist() for x, _ in some]
+    assert first == [x[:, 0].tolist() for x, _ in some]
+    assert first == [[0, 32], [64, 105], [138]]  # windows 0, 4, 8, 12, 16
+    assert len(some) == 3
+    assert len(EvalWindows(shards, T, 2, max_windows=1000)) == 10
+    assert EvalWindows(shards, T, 2).__iter__().__next__()[1].is_contiguous()
+
+
+def test_the_dataset_has_the_windows_of_torch_unfold():
+    tokens = np.random.default_rng(0).integers(0, 1 << 16, 101).astype(np.uint16)
+    for stride in (1, 3, 8, 11):
+        windows = torch.from_numpy(tokens.astype(np.int64)).unfold(0, T + 1, stride)
+        dataset = WindowDataset(tokens, T, stride)
+        assert len(dataset) == len(windows)
+        for (x, y), window in zip(dataset, windows, strict=True):
+            assert same((x, y), (window[:-1], window[1:]))
+    assert len(WindowDataset(tokens.tolist(), T)) == 12
+
+
+def test_the_verdict_makes_nine_training_batches_and_one_for_validation(
+    shared_data, gpt2_tokenizer_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path))
+    verdict = token_shards(shared_data / "the-verdict.txt", make_tokenizer("gpt2"))
+    (train,), (val,) = verdict.train, verdict.val
+    assert (
+        len(
+            DataLoader(WindowDataset(open_shard(train), 256, 256), batch_size=2, shuffle=True, drop_last=True)
+        )
+        == 9
+    )
+    assert len(DataLoader(WindowDataset(open_shard(val), 256, 256), batch_size=2)) == 1
+    assert TokenLoader([train], 256, 2).n_windows == 18
+    assert len(EvalWindows([val], 256, 2)) == 1
+    message = (
+        "the validation part has 534 tokens, too few for one window of context_length 1,024 and its last target. "
+        r"Use --context-length 512 \(533 at most\), a larger --val-fraction, or more text"
+    )
+    with pytest.raises(ValueError, match=message):
+        EvalWindows([val], 1024, 2)
+    with pytest.raises(ValueError, match=message):
+        WindowDataset(open_shard(val), 1024, part="validation")
+    EvalWindows([val], 533, 2)
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(2, 1), (3, 2), (8, 4), (9, 8), (65, 64), (66, 64)])
+def test_the_context_that_is_offered_fits(tokens, fits):
+    with pytest.raises(
+        ValueError, match=f"the training part has {tokens} tokens.*--context-length {fits} .*smaller --val"
+    ):
+        TokenLoader([np.zeros(tokens, np.uint16)], 1000, 1)
+    TokenLoader([np.zeros(tokens, np.uint16)], fits, 1)
+    TokenLoader([np.zeros(tokens, np.uint16)], tokens - 1, 1)
+
+
+@pytest.mark.parametrize("shards", [[], [np.zeros(0, np.uint16)], [np.zeros(1, np.uint16)]])
+def test_no_text_at_all(shards):
+    with pytest.raises(ValueError, match=r"the training part has [01] tokens.*Give more text"):
+        TokenLoader(shards, 4, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context_length": 0}, "context_length is 0"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"rank": 2, "world_size": 2}, "rank 2 of world_size 2"),
+    ],
+)
+def test_impossible_numbers_are_named(shards, options, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLoader(shards, **{"context_length": T, "batch_size": 2, **options})
+
+
+def test_impossible_strides_and_counts_are_named(shards):
+    with pytest.raises(ValueError, match="stride is 0"):
+        WindowDataset(shards[0], T, 0)
+    with pytest.raises(ValueError, match="max_windows 0"):
+        EvalWindows(shards, T, 2, max_windows=0)
+    with pytest.raises(IndexError):
+        WindowDataset(shards[0], T)[12]

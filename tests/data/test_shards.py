@@ -1,0 +1,376 @@
+"""Token shards against bytes built by hand, damaged in every way, and whole corpora on their way into shards."""
+
+import hashlib
+import json
+import os
+import struct
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fusedgpt.data import shards
+from fusedgpt.data.corpus import open_corpus
+from fusedgpt.data.shards import (
+    check_range,
+    open_shard,
+    open_shards,
+    stored_tokenizer,
+    token_shards,
+    tokenize,
+    write_shards,
+)
+from fusedgpt.data.tokenizers import load_tokenizer, make_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 50)
+    return path
+
+
+def by_hand(tokens: list[int], magic=20240520, version=1, count=None, order="<") -> bytes:
+    """A shard as llm.c writes it, by struct alone."""
+    header = struct.pack(f"{order}256i", magic, version, len(tokens) if count is None else count, *[0] * 253)
+    return header + struct.pack(f"{order}{len(tokens)}H", *tokens)
+
+
+def joined(paths) -> list[int]:
+    return np.concatenate([open_shard(path) for path in paths]).tolist()
+
+
+def everything(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+# ---- one shard
+
+
+def test_a_shard_is_read_as_llm_c_writes_it(tmp_path):
+    tokens = [50256, 0, 1, 65535, 300]
+    (tmp_path / "a.bin").write_bytes(by_hand(tokens))
+    read = open_shard(tmp_path / "a.bin")
+    assert read.dtype == np.uint16
+    assert read.tolist() == tokens
+    assert not read.flags.writeable
+
+
+def test_a_shard_is_written_as_llm_c_reads_it(tmp_path):
+    paths = write_shards([np.array([5, 65535]), np.array([], dtype=int), np.array([7])], tmp_path, "val")
+    assert [path.name for path in paths] == ["val_000000.bin"]
+    assert paths[0].read_bytes() == by_hand([5, 65535, 7])
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 10, 23, 100])
+def test_a_stream_becomes_shards_of_equal_size(tmp_path, chunk):
+    tokens = np.random.default_rng(0).integers(0, 1 << 16, 23).astype(np.uint16)
+    chunks = (tokens[i : i + chunk] for i in range(0, 23, chunk))
+    paths = write_shards(chunks, tmp_path, "train", shard_size=10)
+    assert [path.name for path in paths] == [f"train_{i:06d}.bin" for i in range(3)]
+    assert [len(open_shard(path)) for path in paths] == [10, 10, 3]
+    assert joined(paths) == tokens.tolist()
+
+
+def test_no_tokens_make_no_shard(tmp_path):
+    assert write_shards([], tmp_path, "train") == []
+    assert everything(tmp_path) == []
+
+
+def test_a_crash_leaves_whole_shards_only(tmp_path):
+    def chunks():
+        yield np.arange(15)
+        assert everything(tmp_path) == [
+            ".train_000001.bin.part",
+            "train_000000.bin",
+        ]  # half of the second one
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(chunks(), tmp_path, "train", shard_size=10)
+    assert everything(tmp_path) == ["train_000000.bin"]
+
+
+@pytest.mark.parametrize("bad", [[-1, 5], [5, 65536]])
+def test_ids_that_do_not_fit_are_refused(tmp_path, bad):
+    with pytest.raises(ValueError, match="a token shard holds 0 to 65,535"):
+        write_shards([np.array(bad)], tmp_path, "train")
+
+
+GOOD = by_hand(list(range(100)))
+DAMAGED = {
+    "truncated": (GOOD[:-2], r"truncated: 1,222 bytes, where its header's 100 tokens make 1,224"),
+    "half a token": (GOOD[:-1], "truncated: 1,223 bytes"),
+    "half a header": (GOOD[:500], "truncated: 500 bytes"),
+    "appended": (GOOD + b"xx", "too long: 1,226 bytes"),
+    "empty file": (b"", "not a token shard"),
+    "no tokens": (by_hand([]), "without tokens"),
+    "text": (b"Once upon a time" * 100, "not a token shard .*gpt tokenize"),
+    "no header": (np.arange(600, dtype=np.uint16).tobytes(), "not a token shard"),
+    "big-endian": (by_hand([1, 2], order=">"), "big-endian byte order"),
+    "version": (by_hand([1, 2], version=7), "version 7; only version 1"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_or_foreign_shard_is_named(tmp_path, content, message):
+    path = tmp_path / "a.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as raised:
+        open_shard(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"b\.bin: no such token shard"):
+        open_shard(tmp_path / "b.bin")
+
+
+def test_a_token_out_of_range_is_found_and_looked_for_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_CHUNK", 64)
+    tokens = [i % 50 for i in range(1000)]
+    (tmp_path / "a.bin").write_bytes(by_hand(tokens))
+    tokens[777] = tokens[900] = 50
+    (tmp_path / "b.bin").write_bytes(by_hand(tokens))
+    paths = [tmp_path / "a.bin", tmp_path / "b.bin"]
+    check_range(paths, 51)
+    with pytest.raises(
+        ValueError, match=r"b\.bin: token 50 at position 777, but the vocabulary has 50 tokens"
+    ):
+        check_range(paths, 50)
+
+    opened: list[Path] = []
+    monkeypatch.setattr(shards, "open_shard", lambda path: opened.append(path) or open_shard(path))
+    check_range(paths, 51)
+    assert opened == []  # known already
+    tokens[5] = 60
+    (tmp_path / "a.bin").write_bytes(by_hand([*tokens, 0]))
+    with pytest.raises(ValueError, match=r"a\.bin: token 60 at position 5"):
+        check_range(paths, 51)
+
+
+# ---- a corpus as shards
+
+
+def test_the_verdict_has_the_known_numbers_of_tokens(shared_data, gpt2_tokenizer_cache):
+    import tiktoken
+
+    made = token_shards(shared_data / "the-verdict.txt", make_tokenizer("gpt2"))
+    assert (made.train_tokens, made.val_tokens) == (4612, 534)
+    text = (shared_data / "the-verdict.txt").read_text(encoding="utf-8")
+    cut = int(0.9 * len(text))
+    gpt2 = tiktoken.get_encoding("gpt2")
+    assert joined(made.train) == gpt2.encode(text[:cut])
+    assert joined(made.val) == gpt2.encode(text[cut:])
+    assert (made.val_bytes, made.val_chars) == (len(text) - cut,) * 2
+    assert not made.separated
+
+
+def test_documents_stand_between_end_of_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("ab", "é", "ba", "b")), encoding="utf-8")
+    tokenizer = make_tokenizer("char", ["abé"])
+    made = token_shards(path, tokenizer, val_fraction=0.5)
+    eot = tokenizer.end_of_text
+    assert joined(made.train) == [eot, 0, 1, eot, 1, 0, eot]
+    assert joined(made.val) == [eot, 2, eot, 1, eot]
+    assert (made.train_tokens, made.val_tokens, made.val_bytes, made.val_chars) == (7, 5, 3, 2)
+    assert made.separated
+
+
+def test_tales_start_with_end_of_text():
+    tokenizer = make_tokenizer("char", open_corpus("tales:60").train_texts())
+    made = token_shards("tales:20", tokenizer)
+    ids = joined(made.train)
+    tales = list(open_corpus("tales:20").train_texts())
+    assert ids[0] == ids[-1] == tokenizer.end_of_text
+    assert tokenizer.decode(ids) == "<|endoftext|>" + "".join(tale + "<|endoftext|>" for tale in tales)
+    assert made.val_chars == sum(map(len, open_corpus("tales:20").val_texts()))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bpe", "word", "char"])
+def test_cutting_a_long_text_changes_no_token(kind, monkeypatch, request):
+    if kind == "gpt2":
+        request.getfixturevalue("gpt2_tokenizer_cache")
+    text = (
+        "It's  \n\n\t a -- long\u00a0text ,\r\n with \x1c;\x1c marks,  numbers 1 234 \u2028 and  trailing spaces  \n"
+        * 7
+    )
+    tokenizer = make_tokenizer(kind, [text])
+    for size in range(1, 60):
+        monkeypatch.setattr(shards, "_PIECE", size)
+        pieces = list(shards._pieces(text))
+        assert "".join(pieces) == text
+        assert len(pieces) > len(text) // (size + 40)
+        assert [i for piece in pieces for i in tokenizer.encode_ordinary(piece)] == tokenizer.encode_ordinary(
+            text
+        )
+
+
+def test_tokens_are_made_once_and_again_for_what_differs(text, cache, monkeypatch):
+    made = []
+    monkeypatch.setattr(shards, "tokenize", lambda *a, **k: made.append(1) or tokenize(*a, **k))
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    first = token_shards(text, tokenizer)
+    again = token_shards(text, load_tokenizer(first.train[0].parent))
+    assert first.train == again.train
+    assert len(made) == 1
+    assert token_shards(text, make_tokenizer("word", [text.read_text()])).train != first.train
+    assert token_shards(text, tokenizer, val_fraction=0.2).val_tokens == 2 * first.val_tokens
+    text.write_text(text.read_text() + "x")
+    assert token_shards(text, make_tokenizer("char", [text.read_text()])).train != first.train
+    assert len(made) == 4
+
+
+def test_a_half_made_folder_is_never_taken_for_a_whole_one(text, tmp_path, cache):
+    class Breaks:
+        def __init__(self, tokenizer):
+            self.tokenizer = tokenizer
+
+        def __getattr__(self, name):
+            return getattr(self.tokenizer, name)
+
+        def save(self, path):
+            raise KeyboardInterrupt
+
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    with pytest.raises(KeyboardInterrupt):
+        token_shards(text, Breaks(tokenizer))
+    assert everything(cache / "tokens") == []
+    left_by_a_kill = cache / "tokens" / f".x.{os.getpid()}.part"
+    left_by_a_kill.mkdir()
+    (left_by_a_kill / "train_000009.bin").write_bytes(GOOD)
+    tokenize(open_corpus(text), tokenizer, cache / "tokens" / "x")
+    assert everything(cache / "tokens" / "x") == [
+        "meta.json",
+        "tokenizer.json",
+        "train_000000.bin",
+        "val_000000.bin",
+    ]
+
+
+def test_the_slower_of_two_processes_takes_what_is_there(text, cache, monkeypatch):
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    corpus, folder = open_corpus(text), cache / "tokens" / "x"
+    replace, raced = os.replace, []
+
+    def faster(source, target):
+        if Path(target) == folder and not raced:
+            raced.append(1)
+            tokenize(corpus, tokenizer, cache / "tokens" / "y")
+            replace(cache / "tokens" / "y", folder)
+        replace(source, target)
+
+    monkeypatch.setattr(shards.os, "replace", faster)
+    tokenize(corpus, tokenizer, folder)
+    assert raced
+    assert everything(cache / "tokens") == ["x", *(f"x/{name}" for name in everything(folder))]
+
+
+def test_nothing_is_written_over(text, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    tokenize(open_corpus(text), tokenizer, out)  # an empty folder is in nobody's way
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(FileExistsError, match="exists already and is left alone"):
+        tokenize(open_corpus(text), tokenizer, out)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_part_without_text_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="nothing is left for the training part"):
+        token_shards(tmp_path / "a.txt", make_tokenizer("char", ["x"]))
+
+
+def test_text_takes_a_tokenizer(text):
+    assert stored_tokenizer(text) is None
+    with pytest.raises(ValueError, match="--tokenizer"):
+        token_shards(text)
+
+
+# ---- folders of shards
+
+
+def test_a_folder_of_shards_is_a_source_and_brings_its_tokenizer(text, tmp_path):
+    tokenizer = make_tokenizer("bpe", [text.read_text()], 270)
+    tokenize(open_corpus(text), tokenizer, tmp_path / "out")
+    made = token_shards(str(tmp_path / "out"))
+    assert made.tokenizer.fingerprint() == tokenizer.fingerprint()
+    assert stored_tokenizer(tmp_path / "out").fingerprint() == tokenizer.fingerprint()
+    assert made.tokenizer.decode(joined(made.train) + joined(made.val)) == text.read_text()
+    assert (made.val_bytes, made.separated) == (225, False)
+    with pytest.raises(ValueError, match=r"made with a bpe tokenizer of .* not the given one .char"):
+        token_shards(tmp_path / "out", make_tokenizer("char", ["a"]))
+
+
+def test_shards_of_others_take_a_tokenizer_that_fits(tmp_path):
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "tiny_train.bin").write_bytes(by_hand([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"no validation shards \(\*val\*\.bin\)"):
+        token_shards(folder, make_tokenizer("char", ["ab"]))
+    (folder / "tiny_val.bin").write_bytes(by_hand([0, 1]))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json beside the shards.*--tokenizer gpt2"):
+        token_shards(folder)
+    made = token_shards(folder, make_tokenizer("char", ["ab"]))  # a, b, end of text
+    assert (made.train_tokens, made.val_tokens, made.val_bytes, made.separated) == (3, 2, None, True)
+    with pytest.raises(
+        ValueError, match=r"tiny_train\.bin: token 2 at position 2, but the vocabulary has 2 tokens"
+    ):
+        token_shards(folder, make_tokenizer("char", ["a"]))
+
+
+def test_a_truncated_shard_in_a_folder_is_named(text, tmp_path):
+    tokenize(open_corpus(text), make_tokenizer("char", [text.read_text()]), tmp_path / "out")
+    shard = tmp_path / "out" / "train_000000.bin"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"train_000000\.bin: token shard is truncated"):
+        open_shards(tmp_path / "out")
+
+
+def test_fineweb_is_downloaded_shard_by_shard(gpt2_tokenizer_cache, cache, monkeypatch, capsys):
+    asked = []
+
+    def fake(url, path, max_bytes, check):
+        asked.append(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(by_hand([50256, len(asked)]))
+        check(path)
+
+    monkeypatch.setattr(shards, "download", fake)
+    made = token_shards("fineweb10B:2")
+    assert "3 files, about 0.6 GB" in capsys.readouterr().err
+    assert asked == [
+        "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/" + name
+        for name in ("fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin")
+    ]
+    assert [joined([path])[1] for path in made.train] == [2, 3]
+    assert (made.train_tokens, made.val_tokens, made.tokenizer.kind) == (4, 2, "gpt2")
+    assert token_shards("fineweb10B:3", stored_tokenizer("fineweb10B:3")).train_tokens == 6
+    assert len(asked) == 4  # the fourth alone was missing
+    with pytest.raises(ValueError, match="there are 103 training shards"):
+        token_shards("fineweb10B:104")
+    with pytest.raises(ValueError, match="fineweb10B: made with a gpt2 tokenizer"):
+        token_shards("fineweb10B:2", make_tokenizer("char", ["a"]))
+
+
+def test_a_large_stream_stays_out_of_memory(tmp_path):
+    import tracemalloc
+
+    tracemalloc.start()
+    write_shards((np.full(1 << 16, i, np.uint16) for i in range(64)), tmp_path, "train", shard_size=3_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20  # 8 MB passed through
+    digest = [hashlib.sha256(open_shard(p).tobytes()).hexdigest() for p in sorted(tmp_path.glob("*.bin"))]
+    whole = np.repeat(np.arange(64, dtype=np.uint16), 1 << 16)
+    cuts = [*range(0, len(whole), 3_000_000), len(whole)]
+    assert digest == [hashlib.sha256(whole[a:b].tobytes()).hexdigest() for a, b in pairwise(cuts)]

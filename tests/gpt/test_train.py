@@ -1,0 +1,205 @@
+"""Training as a whole on tiny models: it learns, it resumes bit for bit, and it stops the way it says."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.evaluate import document_batches, mean_loss
+from fusedgpt.gpt.model import GPT
+from fusedgpt.gpt.optim import build_optimizers
+from fusedgpt.gpt.train import loop
+from fusedgpt.gpt.train.checkpoint import checkpoints, load_run, model_tensors
+from fusedgpt.gpt.train.loop import TrainingError, train
+from fusedgpt.gpt.train.metrics import read_metrics
+from fusedgpt.gpt.train.step import TrainStep
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 60
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text(TEXT)
+    shape = ModelConfig(
+        1, context_length=16, n_layer=1, n_head=2, n_embd=16, attn_dropout=0.1, resid_dropout=0.1
+    )
+    settings = TrainConfig(
+        data=str(tmp_path / "text.txt"),
+        tokenizer="char",
+        steps=12,
+        batch_size=4,
+        lr=1e-2,
+        warmup_steps=2,
+        log_interval=1,
+        eval_interval=6,
+        save_interval=6,
+        sample_tokens=8,
+        device="cpu",
+    )
+    return RunConfig(shape, settings)
+
+
+def losses(run):
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+
+
+def with_train(config, **changes):
+    return replace(config, train=replace(config.train, **changes))
+
+
+def test_a_run_learns_and_leaves_what_the_design_lists(config, tmp_path):
+    run = tmp_path / "run"
+    train(with_train(config, steps=60), run, origins={})
+    curve = losses(run)
+    assert curve[-1] < 0.75 * curve[0]
+    assert {p.name for p in run.iterdir()} == {
+        "config.toml",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "loss_curve.png",
+        "samples.txt",
+        "checkpoints",
+    }
+    evaluations = [record for record in read_metrics(run / "metrics.jsonl") if "val_loss" in record]
+    assert [record["step"] for record in evaluations] == list(range(0, 61, 6))
+    assert evaluations[-1]["val_loss"] < evaluations[0]["val_loss"]
+    assert [p.name for p in checkpoints(run)] == ["step-000054", "step-000060"], "the newest two stay"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("micro_batch", [0, 2])
+def test_a_resumed_run_continues_bit_for_bit(config, tmp_path, optimizer, micro_batch):
+    config = with_train(config, optimizer=optimizer, micro_batch=micro_batch, schedule="constant")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(config, whole)
+    train(with_train(config, steps=6), parts)
+    train(config, parts, resume=True)
+    assert losses(parts) == losses(whole)
+    a, b = load_run(whole), load_run(parts)
+    assert a.step == b.step == 12
+    for name, tensor in model_tensors(a.model).items():
+        assert torch.equal(tensor, model_tensors(b.model)[name]), name
+
+
+def test_accumulation_gives_the_same_gradients_as_one_batch(config):
+    shape = replace(config.model, vocab_size=30, attn_dropout=0.0, resid_dropout=0.0)
+    ids = torch.randint(30, (4, 17), generator=torch.Generator().manual_seed(0))
+    weights = []
+    for size in (4, 1):
+        torch.manual_seed(0)
+        model = GPT(shape)
+        settings = replace(config.train, micro_batch=size, dtype="float32", grad_clip=0.0)
+        batches = iter([(part[:, :-1], part[:, 1:]) for part in ids.split(size)])
+        loss, norm = TrainStep(model, build_optimizers(model, settings), batches, settings)()
+        weights.append((loss, norm, model.wte.weight.detach().clone()))
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_masks_differ_between_steps_ranks_and_runs(config):
+    def first_seeds(rank=0, seed=0, step=0):
+        model = GPT(replace(config.model, vocab_size=30))
+        settings = replace(config.train, dtype="float32", seed=seed, micro_batch=2)
+        ids = torch.zeros(2, 16, dtype=torch.int64)
+        batches = iter([(ids, ids)] * 8)
+        stepper = TrainStep(model, build_optimizers(model, settings), batches, settings, rank=rank, step=step)
+        seen = [stepper.seed.item()]
+        for _ in range(2):
+            stepper()
+            seen.append(stepper.seed.item())
+        return seen
+
+    a = first_seeds()
+    assert a[1] == a[0] + 2, "one seed a micro-step"
+    assert first_seeds(step=1)[0] == a[1], "a resumed run goes on where it stopped"
+    assert len({*a, *first_seeds(rank=1), *first_seeds(seed=1)}) == 9
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precision_trains_with_float32_weights(config, tmp_path, dtype):
+    run = tmp_path / "run"
+    train(with_train(config, dtype=dtype, steps=40, float32_residual=dtype == "bfloat16"), run)
+    assert losses(run)[-1] < 0.85 * losses(run)[0]
+    assert all(tensor.dtype == torch.float32 for tensor in model_tensors(load_run(run).model).values())
+
+
+def test_checkpointing_activations_changes_no_loss(config, tmp_path):
+    train(config, tmp_path / "kept")
+    train(with_train(config, activation_checkpointing=True), tmp_path / "recomputed")
+    assert losses(tmp_path / "kept") == losses(tmp_path / "recomputed")
+
+
+def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+
+    class Interrupting(TrainStep):
+        def __call__(self):
+            if self.step == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().__call__()
+
+    monkeypatch.setattr(loop, "TrainStep", Interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, run)
+    assert [p.name for p in checkpoints(run)] == ["step-000005"]
+    assert f"train --resume {run}" in capsys.readouterr().out.replace("\n", "")
+    monkeypatch.undo()
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+    train(config, run, resume=True)
+    train(config, tmp_path / "whole")
+    assert losses(run) == losses(tmp_path / "whole")
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_names_the_way_back(config, tmp_path):
+    with pytest.raises(TrainingError, match=r"loss became nan.*--lr"):
+        train(with_train(config, lr=1e30, grad_clip=0.0, warmup_steps=0), tmp_path / "run")
+
+
+def test_a_second_run_does_not_write_over_the_first(config, tmp_path):
+    run = tmp_path / "run"
+    train(config, run)
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(config, run)
+    assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_half_written_checkpoint_does_not_count(config, tmp_path):
+    run = tmp_path / "run"
+    train(config, run)
+    (run / "checkpoints" / ".step-000099.tmp").mkdir()
+    assert load_run(run).step == 12
+
+
+def test_damaged_files_are_named(config, tmp_path):
+    run = tmp_path / "run"
+    train(config, run)
+    file = checkpoints(run)[-1] / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+        load_run(run)
+    (run / "tokenizer.json").write_text(json.dumps({"kind": "char", "characters": "ab"}))
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_run(run)
+
+
+def test_epochs_set_the_number_of_steps(config, tmp_path):
+    run = tmp_path / "run"
+    train(with_train(config, epochs=2.0, batch_size=10), run)
+    windows = (int(len(TEXT) * 0.9) - 1) // 16
+    assert len(losses(run)) == -(-2 * windows // 10)
+
+
+def test_documents_are_scored_token_by_token_once(config):
+    model = GPT(replace(config.model, vocab_size=30)).eval()
+    documents = [[1, 2, 3, 4], list(range(20)), [5, 6]]
+    batches = list(document_batches(documents, 16, 2, torch.device("cpu")))
+    total = 0.0
+    for ids in (documents[0], documents[1][:17], documents[1][16:], documents[2]):
+        row = torch.tensor(ids)
+        total += torch.nn.functional.cross_entropy(model(row[None, :-1])[0], row[1:], reduction="sum").item()
+    assert mean_loss(model, batches) == pytest.approx(total / (3 + 19 + 1), rel=1e-5)

@@ -1,0 +1,82 @@
+"""What is particular to the head and its loss: padding rows, targets that do not count, reductions."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fusedgpt.kernels import linear_cross_entropy
+
+REDUCTIONS = ["mean", "sum", "none"]
+
+
+@pytest.fixture
+def head() -> tuple[Tensor, Tensor, Tensor]:
+    """x (11, 6), a weight with 7 real rows and 5 of padding that would win every softmax, and targets."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(11, 6, generator=generator)
+    weight = torch.randn(12, 6, generator=generator)
+    weight[7:] = 1e4
+    return x.requires_grad_(), weight.requires_grad_(), torch.randint(0, 7, (11,), generator=generator)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_padding_rows_stay_out_of_the_softmax_and_get_no_gradient(
+    head: tuple[Tensor, Tensor, Tensor], reduction: str
+) -> None:
+    x, weight, targets = head
+    loss = linear_cross_entropy(x, weight, targets, vocab_size=7, reduction=reduction)
+    expected = F.cross_entropy(x @ weight[:7].T, targets, reduction=reduction)
+    torch.testing.assert_close(loss, expected)
+    dx, dweight = torch.autograd.grad(loss.sum(), (x, weight))
+    assert dweight[7:].eq(0).all()
+    assert dweight[:7].ne(0).all()
+    torch.testing.assert_close((dx, dweight), torch.autograd.grad(expected.sum(), (x, weight)))
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3, 99])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_targets(head: tuple[Tensor, Tensor, Tensor], reduction: str, ignore_index: int) -> None:
+    x, weight, targets = head
+    targets[[0, 4, 5, 10]] = ignore_index
+    counts = targets != ignore_index
+    loss = linear_cross_entropy(x, weight, targets, 7, ignore_index, reduction)
+    dx, dweight = torch.autograd.grad(loss.sum(), (x, weight))
+    kept = F.cross_entropy((x @ weight[:7].T)[counts], targets[counts], reduction=reduction)
+    torch.testing.assert_close(loss[counts] if reduction == "none" else loss, kept)
+    assert reduction != "none" or loss[~counts].eq(0).all()
+    assert dx[~counts].eq(0).all()
+    torch.testing.assert_close((dx, dweight), torch.autograd.grad(kept.sum(), (x, weight)))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_nothing_counts(head: tuple[Tensor, Tensor, Tensor], reduction: str) -> None:
+    """As torch: the mean of no target is NaN, the sum 0."""
+    x, weight, targets = head
+    ignored = torch.full_like(targets, -100)
+    ours = linear_cross_entropy(x, weight, ignored, 7, reduction=reduction)
+    torchs = F.cross_entropy(x @ weight[:7].T, ignored, reduction=reduction)
+    torch.testing.assert_close(ours, torchs, equal_nan=True)
+    assert ours.isnan().all() == (reduction == "mean")
+    gradients = [torch.autograd.grad(loss.sum(), (x, weight)) for loss in (ours, torchs)]
+    torch.testing.assert_close(*gradients, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_large_logits_neither_overflow_nor_vanish(size: float, sign: int) -> None:
+    x = torch.tensor([[size * sign]], requires_grad=True)
+    weight = torch.tensor([[1.0], [0.0]], requires_grad=True)
+    loss = linear_cross_entropy(x, weight, torch.tensor([1]))
+    torch.testing.assert_close(loss, torch.tensor(max(size * sign, 0.0)))
+    dx, dweight = torch.autograd.grad(loss, (x, weight))
+    torch.testing.assert_close(dx, torch.tensor([[float(sign > 0)]]))
+    assert dweight.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_loss_is_float32_over_low_precision_activations(dtype: torch.dtype) -> None:
+    """A sum of 6,000 losses near ln 5 would be off by whole nats, or infinite, in the activations' dtype."""
+    x, weight = torch.zeros(6000, 4, dtype=dtype), torch.zeros(5, 4)
+    loss = linear_cross_entropy(x, weight, torch.zeros(6000, dtype=torch.long), reduction="sum")
+    torch.testing.assert_close(loss, 6000 * torch.tensor(5.0).log())
