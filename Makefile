@@ -9,7 +9,7 @@ export MYPYPATH := $(LINK)
 
 ifdef PYTHON
 prepare := @:
-export PYTHONPATH := $(abspath $(LINK)):$(PYTHONPATH)
+export PYTHONPATH := $(CURDIR)/$(LINK)$(if $(PYTHONPATH),:$(PYTHONPATH))
 else
 PYTHON := .venv/bin/python
 prepare := @python3 tools/setup_env.py
@@ -42,7 +42,7 @@ check: $(LINK)/fusedgpt
 
 bench: $(LINK)/fusedgpt
 	$(prepare) bench
-	$(PYTHON) -m fusedgpt.bench all $(ARGS)
+	$(PYTHON) -m fusedgpt.bench step $(ARGS)
 
 # The package is the clone itself, whatever its folder is called: this link gives it its name, for mypy and for PYTHON=.
 $(LINK)/fusedgpt:

@@ -6,6 +6,9 @@ from typing import Annotated
 
 import tyro
 
+# `python -m` in a clone puts the clone on the path, where transformers' `import kernels` would find ours
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parents[1]]
+
 app = tyro.extras.SubcommandApp()
 
 

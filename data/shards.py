@@ -273,7 +273,8 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path, progress:
     }
     shutil.rmtree(part_folder, ignore_errors=True)  # a process that was killed may have had the same id
     try:
-        with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
             task = bar.add_task(f"tokenising {corpus.name}", total=corpus.n_bytes)
             for split, texts in (("train", corpus.train_texts()), ("val", corpus.val_texts())):
                 encoding = _Encoding(tokenizer, corpus.separated, lambda n_bytes: bar.advance(task, n_bytes))

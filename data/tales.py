@@ -1,20 +1,25 @@
 """The embedded corpus: a seeded probabilistic grammar that writes short English tales without limit.
 
-It exists so that training needs no download and can be judged against a number. The grammar knows the probability of
-every text that it can write, so the mean of `-log_prob` over given tales is the lowest loss that any model can reach on
-them, and `accepts` tells whether a generated text is a tale at all. A tale is one line of 4 to 10 sentences in which the
-hero's name and pronoun, the friend and the colour of the toy, once told, stay the same to the end: a model has to look
-back over the whole tale to get them right.
+It exists so that training needs no download and can be judged against a number. The grammar knows the
+probability of every text that it can write, so the mean of `-log_prob` over given tales is the lowest loss
+that any model can expect on them, and `accepts` tells whether a generated text is a tale at all. A tale is
+one line of five to ten sentences. The hero's name and pronoun, the friend, the toy and its colour stay the
+same to the end, so a model has to look back over the whole tale to get the last sentence right.
 
 How to read the grammar:
 
-- A *table* holds what stays the same within a tale: one row of it is true for one tale. `{thing}` shows the cell of column
-  `thing`; `{Thing}` begins with a capital, `{a thing}` puts "a" or "an" before it. Nothing is drawn before it shows:
-  `{child}` draws between "girl" and "boy" and leaves only the rows that agree, a later `{hero}` draws among the girls.
-- A *rule* is a phrase that is drawn anew wherever `<rule>` stands. `|` separates alternatives, and brackets hold a choice
-  inside a phrase: `[big|small|]` is "big", "small" or nothing. A rule uses only rules above it, so every tale is finite.
-- What is written first is likelier: of n rows or alternatives the first has twice the weight of the last, the others lie
-  evenly between.
+- A *table* holds what stays the same within a tale: one row of it is true for one tale. `{thing}` shows the
+  cell of column `thing`, `{Thing}` begins it with a capital, `{a thing}` puts "a" or "an" before it.
+  Nothing is drawn before it shows: `{child}` draws between "girl" and "boy" and leaves only the rows that
+  agree, so that a later `{hero}` draws among the girls. What is never shown costs no bits.
+- A *rule* is a phrase that is drawn anew wherever `<rule>` stands. `|` separates alternatives (spaces on
+  both sides of it are layout), and brackets hold a choice inside a phrase: `[big|small|]` is "big", "small"
+  or nothing. A rule uses only rules above it, so every tale ends.
+- What is written first is likelier: of n rows or alternatives the first has twice the weight of the last,
+  the others lie evenly between.
+
+Words of a table are kept out of the rules as far as English allows (no house is red, no shed is crooked): a
+small model copies the right word far sooner when no other word of the kind stands in between.
 """
 
 import math
@@ -28,27 +33,28 @@ from typing import TypeAlias
 
 TABLES = {
     "hero, child, he, him, his": """
-        Lily, girl, she, her, her; Tom, boy, he, him, his; Anna, girl, she, her, her; Ben, boy, he, him, his;
-        Max, boy, he, him, his; Rosa, girl, she, her, her; Leo, boy, he, him, his; Mia, girl, she, her, her;
-        Nora, girl, she, her, her; Finn, boy, he, him, his; Ella, girl, she, her, her; Hugo, boy, he, him, his;
-        Jack, boy, he, him, his; Clara, girl, she, her, her; Oscar, boy, he, him, his; Ida, girl, she, her, her;
-        Eva, girl, she, her, her; Theo, boy, he, him, his
+        Lily, girl, she, her, her; Tom, boy, he, him, his; Anna, girl, she, her, her;
+        Ben, boy, he, him, his; Max, boy, he, him, his; Rosa, girl, she, her, her;
+        Leo, boy, he, him, his; Mia, girl, she, her, her; Nora, girl, she, her, her;
+        Finn, boy, he, him, his; Ella, girl, she, her, her; Hugo, boy, he, him, his;
+        Jack, boy, he, him, his; Clara, girl, she, her, her; Oscar, boy, he, him, his;
+        Ida, girl, she, her, her; Eva, girl, she, her, her; Theo, boy, he, him, his
         """,
     "friend, friend_child, friend_him, friend_his": """
-        Kate, girl, her, her; Sam, boy, him, his; Adam, boy, him, his; Ruth, girl, her, her; Ivy, girl, her, her;
-        Paul, boy, him, his; Luke, boy, him, his; Emma, girl, her, her; Noah, boy, him, his; June, girl, her, her
+        Kate, girl, her, her; Sam, boy, him, his; Adam, boy, him, his; Ruth, girl, her, her;
+        Ivy, girl, her, her; Paul, boy, him, his; Luke, boy, him, his; Emma, girl, her, her;
+        Noah, boy, him, his; June, girl, her, her
         """,
     "thing, play, played, stuff": """
         kite, fly, flew, paper; ball, throw, threw, wool; boat, sail, sailed, wood; drum, beat, beat, tin;
-        wagon, pull, pulled, wood; lantern, light, lit, paper; bell, ring, rang, tin; hoop, roll, rolled, wood;
-        book, read, read, paper; top, spin, spun, tin
+        wagon, pull, pulled, wood; lantern, light, lit, paper; bell, ring, rang, tin;
+        hoop, roll, rolled, wood; book, read, read, paper; top, spin, spun, tin
         """,
-    "colour": "red; blue; green; yellow; orange; white; purple; golden; pink; silver; brown; black",
+    "colour": "red; blue; green; yellow; orange; white; purple; golden",
     "trait": "kind; brave; clever; cheerful; gentle; patient; merry; shy",
     "age": "six; seven; five; eight; nine; four; ten",
-    "house": "small; old; stone; wooden; crooked; quiet; white; red",
-    "near": "by; near; behind; beside",
-    "mill": "the mill; the forest; the bridge; the market; the farm; the lake; the church; the old tower",
+    "house": "stone; wooden; crooked; narrow; tall; little; round; brick",
+    "mill": "the mill; the bridge; the market; the farm; the church; the harbour; the bakery; the tower",
     "elder": "mother; father; sister; brother",
     "kin": "grandmother; uncle; aunt; grandfather",
     "place, at": """
@@ -59,7 +65,7 @@ TABLES = {
         dog, barked; cat, purred; duck, quacked; mouse, squeaked; owl, hooted; frog, croaked; goat, bleated;
         hen, clucked
         """,
-    "pet": "Pip; Button; Pepper; Moss; Biscuit; Dot",
+    "pet": "Pip; Button; Pepper; Moss; Biscuit; Dot; Clover; Patch",
     "food": "bread; apple cake; plum pie; honey cake; apple pie; plum cake",
     "weather, came, ended": """
         rain, began to fall, stopped; wind, began to blow, stopped; snow, began to fall, stopped;
@@ -70,7 +76,6 @@ TABLES = {
         spiders, were, a spider sat on the wall
         """,
     "illness": "cold; fever; cough",
-    "days": "two; three; four; five; six; seven; eight; nine; ten",
 }
 
 RULES = {
@@ -79,9 +84,9 @@ RULES = {
     "One day": "One <sunny> <day> | One <day>",
     "two": "three | two | four | five | six | seven | eight | nine | ten",
     "an old": "an old | a small | a strange | a big | a muddy | a grey | a funny | a wet",
-    "a shoe": "<an old> [shoe|sock|button|leaf|hat|stone]",
-    "behind a tree": "[behind|under|near|beside] [a tree|a rock|a bush|a fence|a gate|a log|a wall|a bench]",
-    "softly": "softly | kindly | with a smile | quietly | gently | gladly | at once | bravely",
+    "a shoe": "<an old> [shoe|sock|button|leaf|hat|spoon]",
+    "behind a tree": "[behind|under|near|beside] <an old> [tree|rock|bush|fence|gate|log|wall|bench]",
+    "softly": "softly | kindly | with a smile | quietly | gently | gladly | slowly | bravely",
     "said": "said | called | whispered | cried",
     "took": "took | carried | brought",
     "ran": "ran | hurried | walked | rushed | went",
@@ -89,18 +94,18 @@ RULES = {
     "named": "named | called",
     "a dragon": "<an old> [dragon|king|castle|ship|bear|fish|cloud|star]",
     "until dark": """
-        until [it was dark|dinner|bedtime|the stars came out|the sun went down|the bells rang|{his} {elder} called]
+        until [it was dark|dinner|bedtime|the stars came out|the sun went down|{his} {elder} called]
         """,
     "friend": "{friend}[ from [{mill}|school|next door|the city]|]",
     "said hero": "<said> {hero}[| <softly>]",
     "said elder": "<said> {his} {elder}[| <softly>]",
     "praise": """
-        "[What a {trait} {child} you are|You are {a trait} {child}|You are such {a trait} {child}][, {hero}|],"
+        "[What a {trait} {child} you are|You are [such |]{a trait} {child}][, {hero}|],"
         <said elder>.
         """,
     "Once": "Once upon a time | Long ago | Once | In the old days",
     "start": """
-        In {a house} house {near} {mill} lived {a trait} {child}[ of {age}|] <named> {hero}
+        In {a house} house [by|near|behind|beside] {mill} lived {a trait} {child}[ of {age}|] <named> {hero}
         | <Once> there [was|lived] {a trait} {child}[ of {age}|] <named> {hero}
         | {Hero} was {a trait} {child}[ of {age}|]
         """,
@@ -122,18 +127,20 @@ RULES = {
         dreamed of <a dragon>.
         | <From then on>, {hero} {played} the {colour} {thing} <every day>.
         | <From then on>, {hero} [took good care of|looked after|was proud of] the {colour} {thing}.
-        | {Hero} <smiled> and {played} the {colour} {thing} [<until dark>|<softly>|{at}].
-        | Then {hero} <took> the {colour} {thing} back to the {house} house {near} {mill}.
+        | {Trait} {hero} <smiled> and {played} the {colour} {thing} [<until dark>|<softly>|{at}].
+        | Then {hero} <took> the {colour} {thing} back to the {house} house.
         """,
     "end together": """
         <From then on>, {hero} and {friend} {played} the {colour} {thing} [together|{at}]
         [every <day>|<two> times a day].
-        | {Hero} and {friend} <smiled> and {played} the {colour} {thing} [together|side by side|{at}].
-        | So {hero} and {friend} [became|were] [best|good] friends and {played} the {colour} {thing} <until dark>.
+        | {Trait} {hero} and {friend} <smiled> and {played} the {colour} {thing} [together|side by side|{at}].
+        | So {hero} and {friend} [became|were] [best|good] friends
+        and {played} the {colour} {thing} <until dark>.
         """,
     "end with animal": """
         <From then on>, {hero} and {pet} the {animal} watched over the {colour} {thing} together.
-        | <From then on>, {pet} [sat|slept|lay] [beside|near|next to] the {colour} {thing} and waited for {hero}.
+        | <From then on>, {pet} [sat|slept|lay] [beside|near|next to] the {colour} {thing}
+        and waited for {hero}.
         """,
     "found by friend": """
         "[Do not worry|Do not cry|Do not be sad|We will find it|I will help you|I have good eyes][, {hero}|],"
@@ -145,8 +152,9 @@ RULES = {
         at something {colour}: the {thing}! [<end>|<end with animal>]
         """,
     "lost": """
-        <One day>, {he} <took> it to {place}, but [on the way home|soon|by noon] it was [gone|lost].
-        {He} looked <behind a tree> and found <a shoe>, but no {thing}. [<found by friend>|<found by animal>]
+        <One day>, {he} <took> it to {place}, but [on the way to the {house} house|soon|by noon]
+        it was [gone|lost]. {He} looked <behind a tree> and found <a shoe>, but no {colour} {thing}.
+        [<found by friend>|<found by animal>]
         """,
     "weather": """
         <One day>, {hero} and <friend> <ran> to {place} to {play} it.
@@ -155,7 +163,8 @@ RULES = {
         about <a dragon> until the {weather} {ended}. [<end>|<end together>]
         """,
     "share": """
-        <One day>, {he} met a [lonely|sad|quiet|hungry|tired|small] {friend_child}[ of {age}|] <named> {friend} {at}.
+        <One day>, {he} met a [lonely|sad|quiet|hungry|tired|small] {friend_child}
+        <named> {friend} {at}.
         "[May I|Can I] {play} it[ too|, please|]?" asked {friend}[ <softly>|].
         {Hero} [thought for a moment|was not sure|looked at the ground|looked at {friend_him}],
         [but|and] then {he} <smiled>.
@@ -163,44 +172,46 @@ RULES = {
         [|<praise> ]<end together>
         """,
     "trip": """
-        <One day>, {he} took the {thing} along and <ran> <two> miles to the house of {his} {kin}.
+        <One day>, {he} took the {colour} {thing} along and <ran> <two> miles to the house of {his} {kin}.
         On the way, {he} saw <an old> {animal} and <two> [ships|flowers|stones].
         {His} {kin} <smiled> and gave {him} <two> pieces of {food}.
         They told stories about <a dragon> <until dark>. <end>
         """,
     "rescue": """
         <One day>, {he} heard a [sad|small|strange|soft] sound {at} and found <an old> {animal} stuck
-        <behind a tree>. {Hero} put down the {thing} and [pulled|pushed|dug] for <two> [minutes|hours]
+        <behind a tree>.
+        {Hero} put down the {colour} {thing} and [pulled|pushed|dug] for <two> [minutes|hours]
         until the {animal} was free.
-        The {animal} {cried} <two> times and <ran> home with {him}, and {he} <named> it {pet}.
+        The {animal} {cried} <two> times and <ran> with {him} to the {house} house, and {he} <named> it {pet}.
         [|<praise> ][<end>|<end with animal>]
         """,
     "ill": """
-        <One day>, {he} heard that <friend> had {a illness} and could not [play|come out|go to school].
-        {Hero} <took> {friend_him} the {thing} and <two> pieces of {food}.
-        "[You may keep it|It is yours] for {days} days[, {friend}|]," <said hero>.
-        After {days} days, {friend} <took> it back and <smiled>. [|<praise> ]<end together>
+        <One day>, {he} heard that <friend> had {a illness} and could not [play|come out|go to school]
+        for <two> days.
+        {Hero} <took> {friend_him} the {colour} {thing} and <two> pieces of {food}.
+        "[You may keep it|It is yours] for <two> days[, {friend}|]," <said hero>.
+        Soon {friend} was well, <took> it back and <smiled>. [|<praise> ]<end together>
         """,
     "quarrel": """
         <One day>, {hero} and <friend> both wanted to {play} it.
         "[It is mine|I had it first|It is my turn|Let go][, {friend}|]!" cried {hero}.
-        They [pulled|pushed|fought|shouted] for <two> [minutes|hours] until the {thing} fell into
-        [the mud|a puddle|a hole|the grass].
+        They [pulled|pushed|fought|shouted] for <two> [minutes|hours] until the {colour} {thing} fell into
+        <an old> [puddle|hole|bush|pond].
         {Friend} <ran> [home|away] and did not come back for <two> [hours|days].
         Then {hero} <took> {friend_him} [<two> pieces of {food}|<two> flowers|some {food}].
         "[I am sorry|Let us be friends again][, {friend}|]," <said hero>. <end together>
         """,
     "fear": """
-        But {hero} was [afraid|scared] of {fear}. One [windy|cold|quiet|warm] [night|evening], {scene}, and {he}
-        [wanted|began] to [cry|run|shout|hide].
-        "[Take my hand|I am here|Count to <two>|Think of <a dragon>][, {hero}|]," <said elder>.
+        But {hero} was [afraid|scared] of {fear}. One [windy|cold|quiet|warm] [night|evening], {scene},
+        and {he} [wanted|began] to [cry|run|shout|hide].
+        "[Take my hand|I am here|Do not be afraid|Think of <a dragon>][, {hero}|]," <said elder>.
         {Hero} [thought of|looked at] the {colour} {thing} and counted to <two>[ <softly>|].
         Soon {he} <smiled>, for {fear} {was} not [so|very] [bad|strange] after all.
         [<end>|<From then on>, {hero} {played} the {colour} {thing} [even when {scene}|day and night].]
         """,
     "build": """
         "[Let us|We can|I will help you] make one[, {hero}|]," <said> <friend>.
-        They [found|took|bought] some {stuff}, <two> [strings|nails|ropes|sticks] and {colour} paint.
+        They found some {stuff}, <two> [strings|nails|ropes|sticks] and {colour} paint <behind a tree>.
         The first {thing} [broke|fell apart|was lost] after <two> [minutes|hours|days], but they <smiled> and
         tried again, and after <two> more the {colour} {thing} was [done|ready]. [<end>|<end together>]
         """,
@@ -214,7 +225,7 @@ RULES = {
 
 @dataclass(frozen=True, eq=False)  # compared by identity: a slot is part of a cache's key
 class Slot:
-    """A cell of table number `table`, shown: `readings[r]` is what stands in the text if row r is the tale's."""
+    """A cell of table number `table`: `readings[r]` stands in the text if row r is the tale's."""
 
     table: int
     readings: tuple[str, ...]
@@ -236,14 +247,14 @@ _TOKEN = re.compile(r"\{[^{}]+\}|<[^<>]+>|[\[\]|]|[^\[\]|{}<>]+")
 
 @cache
 def _weights(n: int) -> tuple[float, ...]:
-    """Probabilities of n alternatives, evenly falling from the first to the last, which has half the first's."""
+    """Probabilities of n alternatives, falling evenly from the first to the last, which has half as much."""
     falling = [2 * n - 2 - i if n > 1 else 1 for i in range(n)]
     return tuple(weight / sum(falling) for weight in falling)
 
 
 @cache
 def _readings(slot: Slot, rows: tuple[int, ...]) -> list[tuple[float, str, tuple[int, ...]]]:
-    """What `slot` can read when its table is down to `rows`: (probability, text, the rows with that reading)."""
+    """What `slot` can read when its table is down to `rows`: (probability, text, rows that read so)."""
     weights = _weights(len(slot.readings))
     groups: dict[str, list[int]] = {}
     for row in rows:
@@ -264,7 +275,8 @@ class TaleGrammar:
         rules: rule names to their phrases, each using only rules above it.
 
     Raises:
-        ValueError: a rule names an unknown column or a rule that is not above it, or its brackets do not match.
+        ValueError: a rule names an unknown column or a rule that is not above it, its brackets do not match,
+            or a table's row has not one cell for each column.
     """
 
     def __init__(self, tables: Mapping[str, str], rules: Mapping[str, str]) -> None:
@@ -273,6 +285,8 @@ class TaleGrammar:
         rows: list[tuple[int, ...]] = []
         for names, text in tables.items():
             cells = [[" ".join(cell.split()) for cell in row.split(",")] for row in text.split(";")]
+            if any(len(row) != len(names.split(", ")) for row in cells):
+                raise ValueError(f"table {names!r}: a row has not one cell for each column")
             for name, column in zip(names.split(", "), zip(*cells, strict=True), strict=True):
                 self._columns[name] = len(rows), column
             rows.append(tuple(range(len(cells))))
@@ -283,7 +297,7 @@ class TaleGrammar:
                 raise ValueError(f"rule <{name}>: brackets do not match in {phrase!r}")
             self._rules[name] = self._choice(iter(tokens))
         self._rows: Rows = tuple(rows)
-        self._start: Todo = (self._rules[name], None)
+        self._start: tuple[Node, Todo] = (self._rules[name], None)
 
     def _choice(self, tokens: Iterator[str]) -> Choice:
         """Read alternatives up to the bracket that closes them."""
@@ -329,12 +343,11 @@ class TaleGrammar:
                     after = part, after
                 yield probability, "", after, rows
         else:
-            before, after_ = rows[: node.table], rows[node.table + 1 :]
             for probability, text, left in _readings(node, rows[node.table]):
-                yield probability, text, rest, (*before, left, *after_)
+                yield probability, text, rest, (*rows[: node.table], left, *rows[node.table + 1 :])
 
     def derivations(self, target: str | None = None) -> Iterator[tuple[str, float]]:
-        """Yield (text, probability) for every way to write `target`, or for every way to write anything at all.
+        """Yield (text, probability) for every way to write `target`, or anything at all where it is None.
 
         The grammar is unambiguous (a test holds it to that), so a text has one derivation or none.
         """
@@ -360,36 +373,36 @@ class TaleGrammar:
 
     def sample(self, seed: int) -> str:
         """One tale, the same for the same seed on every machine."""
-        return self._write(
-            random.Random(f"{seed}")
-        )  # a str seeds by SHA-512: near seeds are far apart, -1 is not 1
+        return self._write(random.Random(f"{seed}"))  # a str seeds by its SHA-512: as an int, -1 would be 1
 
     def stream(self, seed: int, start: int = 0) -> Iterator[str]:
         """Tales without end, beginning with number `start` of the sequence that belongs to `seed`.
 
-        Every tale has a generator of its own, so a stream is resumed at any number at no cost, and two seeds share a
-        tale only by a chance that `log_prob` makes negligible.
+        Every tale has a generator of its own: a stream is resumed at any number at no cost, and the streams
+        of two seeds share a tale only by chance, which is as good as never.
         """
         for number in count(start):
             yield self._write(random.Random(f"{seed}:{number}"))
 
     def _write(self, rng: random.Random) -> str:
         pieces: list[str] = []
-        todo, rows = self._start, self._rows
+        todo: Todo = self._start
+        rows = self._rows
         while todo is not None:
             x = rng.random()
-            for probability, piece, rest, left in self._branches(todo, rows):
-                x -= probability
+            for branch in self._branches(todo, rows):
+                x -= branch[0]
                 if x < 0:
-                    break
-            pieces.append(piece)  # after rounding x may end at +0.0: the last branch then
-            todo, rows = rest, left
+                    break  # if rounding keeps x from falling below 0, the last branch is it
+            _, piece, todo, rows = branch
+            pieces.append(piece)
         return "".join(pieces)
 
     def longest(self, measure: Callable[[str], int] = len) -> int:
-        """No tale measures more, where `measure` of a text is at most the sum over its pieces (characters, tokens).
+        """A bound that no tale exceeds, in characters, or in tokens for a `measure` that counts tokens.
 
-        It takes the longest reading of every slot, whether or not one row has them all: a bound, and a close one.
+        `measure` of a text must not exceed its sum over the text's pieces. The bound takes the longest
+        reading of every slot, whether or not one row of the table has them all, so it is close but not sharp.
         """
 
         def size(node: Node) -> int:

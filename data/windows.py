@@ -29,7 +29,7 @@ def require_window(n_tokens: int, context_length: int, part: str) -> None:
     if n_tokens > context_length:
         return
     message = (
-        f"the {part} part has {n_tokens:,} tokens, too few for one window of context_length {context_length:,} "
+        f"the {part} part has {n_tokens:,} tokens, too few for one window of context_length {context_length} "
         "and its last target"
     )
     if n_tokens < 2:

@@ -9,8 +9,9 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get_type_hints, is_typeddict
 
@@ -25,7 +26,7 @@ from tyro.conf import (
 )
 
 from .. import __version__
-from .config import ALIASES, DROPOUT_ALIASES, PRESETS, ModelConfig, TrainConfig, nearest, preset
+from .config import ALIASES, DROPOUT_ALIASES, PRESETS, ModelConfig, RunConfig, TrainConfig, nearest, preset
 from .settings import DEFAULT_PRESET, require_unused, resolve
 
 DESCRIPTION = """GPT-2 training on fused Triton kernels, and the same in plain PyTorch on any CPU.
@@ -194,8 +195,10 @@ class Generate:
 class Evaluate:
     """Measure a trained model: loss, perplexity and bits per byte, on tales beside the best possible.
 
-    gpt evaluate runs/tales
-    gpt evaluate runs/novel --data another.txt
+        gpt evaluate runs/tales
+        gpt evaluate runs/novel --data another.txt
+
+    Bits per byte compare models whatever their tokenizers; perplexity does not.
     """
 
     run: Positional[Path]
@@ -217,8 +220,8 @@ class Evaluate:
 class Tokenize:
     """Turn text into token shards, which `gpt train --data` reads without tokenising again.
 
-    gpt tokenize texts/ --tokenizer gpt2 --out shards/
-    gpt tokenize novel.txt --tokenizer bpe --vocab-size 2048 --out shards/
+        gpt tokenize texts/ --tokenizer gpt2 --out shards/
+        gpt tokenize novel.txt --tokenizer bpe --vocab-size 2048 --out shards/
 
     The folder keeps the tokenizer too: `gpt train --data shards/` needs nothing else.
     """
@@ -241,7 +244,9 @@ class Tokenize:
         from ..data.tokenizers import make_tokenizer
 
         corpus = open_corpus(self.source, self.val_fraction)
-        tokenizer = make_tokenizer(self.tokenizer, corpus.train_texts(), self.vocab_size)
+        # characters that only the held-out part has could not be encoded otherwise
+        held_out = corpus.val_texts() if self.tokenizer == "char" else ()
+        tokenizer = make_tokenizer(self.tokenizer, chain(corpus.train_texts(), held_out), self.vocab_size)
         tokenize(corpus, tokenizer, self.out, progress=True)
         shards = open_shards(self.out, tokenizer)
         print(
@@ -254,8 +259,8 @@ class Tokenize:
 class Tokenizer:
     """Train a tokenizer on a text.
 
-    gpt tokenizer train novel.txt --vocab-size 4096 --out tok.json
-    gpt train --data novel.txt --tokenizer tok.json --out runs/novel
+        gpt tokenizer train novel.txt --vocab-size 4096 --out tok.json
+        gpt train --data novel.txt --tokenizer tok.json --out runs/novel
 
     A text that has fewer merges to learn gives a smaller vocabulary.
     """
@@ -274,8 +279,6 @@ class Tokenizer:
     def __call__(self) -> None:
         if self.out.exists():
             raise FileExistsError(f"{self.out} exists already and is left alone; choose another --out")
-        from itertools import chain
-
         from ..data.corpus import open_corpus
         from ..data.tokenizers import make_tokenizer
 
@@ -291,8 +294,8 @@ class Tokenizer:
 class Plot:
     """Draw the loss curves of runs, training and validation.
 
-    gpt plot runs/tales
-    gpt plot runs/novel runs/novel-2 --out both.png
+        gpt plot runs/tales
+        gpt plot runs/novel runs/novel-2 --out both.png
 
     Several runs share one picture.
     """
@@ -310,6 +313,60 @@ class Plot:
         print(plot_runs(list(self.runs), self.out))
 
 
+@dataclass
+class Import:
+    """Make a run of a GPT-2 in the format of Hugging Face's transformers.
+
+        gpt import gpt2-folder/ runs/gpt2
+        gpt generate runs/gpt2 --prompt "It was"
+        gpt train --resume runs/gpt2 --data novel.txt --lr 5e-5 --steps 200
+
+    Weights are read from safetensors only; files that need unpickling are not touched.
+    """
+
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """A folder with config.json, model.safetensors and a tokenizer."""
+    run: Positional[Path]
+    """The run folder to make."""
+
+    def __call__(self) -> None:
+        require_unused(self.run)
+        from .huggingface import import_model, import_tokenizer
+        from .train.checkpoint import create_run
+
+        model, tokenizer = import_model(self.folder), import_tokenizer(self.folder)
+        config = RunConfig(model.config, TrainConfig(tokenizer=tokenizer.kind))
+        imported = dict.fromkeys((*asdict(model.config), "tokenizer"), f"import {self.folder}")
+        create_run(self.run, config, model, tokenizer, imported)
+        print(f"{self.run}: {model.num_params():,} parameters")
+
+
+@dataclass
+class Export:
+    """Write a trained model as a folder that Hugging Face's transformers loads.
+
+        gpt export runs/novel novel-hf/ --format hf
+
+    A model with an untied head or norms behind its sub-layers is no GPT-2 and is refused.
+    """
+
+    run: Positional[Path]
+    """The folder of a run."""
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """The folder to make."""
+    format: Literal["hf"] = "hf"
+    """hf: config.json, model.safetensors and the tokenizer, for `from_pretrained`."""
+
+    def __call__(self) -> None:
+        require_unused(self.folder)
+        from .huggingface import export_model
+        from .train.checkpoint import load_run
+
+        run = load_run(self.run)
+        export_model(run.model, run.tokenizer, self.folder)
+        print(f"{self.folder}: step {run.step:,} of {self.run}")
+
+
 # ---- from argv to a command
 
 
@@ -320,6 +377,8 @@ COMMANDS: dict[str, type] = {
     "tokenize": Tokenize,
     "tokenizer": Tokenizer,
     "plot": Plot,
+    "import": Import,
+    "export": Export,
 }
 
 
@@ -366,8 +425,10 @@ def _known_flags(command: type, words: Sequence[str], see: str) -> list[str]:
         if flag.startswith("--"):
             known = names.get(flag[2:].replace("-", "_"))
             if known is None:
-                near = nearest(flag, [_as_flag(name) for name in names])
-                raise ValueError(f"unknown flag {flag}{near or f'; see {see}'}")
+                near = get_close_matches(flag, map(_as_flag, names), n=1)
+                raise ValueError(
+                    f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else f'see {see}'}"
+                )
             if equals and known in switches:
                 name = known.removeprefix("no_")
                 raise ValueError(f"{flag} takes no value: write {_as_flag(name)} or {_as_flag(f'no_{name}')}")
@@ -396,12 +457,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    if words == ["--version"]:
-        print(f"fusedgpt {__version__}")
-        return 0
     try:
         try:
-            parse(words)()
+            if words == ["--version"]:
+                print(f"fusedgpt {__version__}")
+            else:
+                parse(words)()
         finally:  # here, where a reader that went away does no harm, and not at the interpreter's end
             sys.stdout.flush()
         return 0

@@ -345,7 +345,8 @@ def preset(name: str) -> RunConfig:
         ValueError: there is none; the nearest is named.
     """
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS)}; there are {', '.join(PRESETS)}")
+        there = f"; there are {', '.join(PRESETS)}"
+        raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS) or there}")
     return RunConfig.from_flat(PRESETS[name])
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from ..data import tales
@@ -27,8 +26,6 @@ from .train.device import pick_device, pick_dtype
 
 IGNORED = -100  # a target that does not count
 Batch = tuple[Tensor, Tensor]
-
-console = Console()
 
 
 @dataclass(frozen=True)
@@ -155,20 +152,20 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
     place = pick_device(device)
     run = load_run(path, place)
     dtype = pick_dtype("auto", place)
-    console.print(f"{path}, step {run.step:,}: {run.model.num_params():,} parameters", highlight=False)
+    print(f"{path}, step {run.step:,}: {run.model.num_params():,} parameters")
     source = data or run.config.train.data
     if split_name(source)[0] == "tales":
         report = evaluate_tales(run.model, run.tokenizer, dtype)
-        console.print("\n".join(report.lines()), highlight=False)
-        console.print(f"\n{report.sample}", highlight=False, markup=False)
+        print("\n".join(report.lines()))
+        print(f"\n{report.sample}")
         return
     loss, tokens, n_bytes = _score(
         run.model, run.tokenizer, source, data is None, run.config.train.val_fraction, dtype
     )
-    console.print(f"{source}: {tokens:,} tokens", highlight=False)
-    console.print(f"loss: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}", highlight=False)
+    print(f"{source}: {tokens:,} tokens")
+    print(f"loss: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}")
     if n_bytes:
-        console.print(f"      {loss * tokens / math.log(2) / n_bytes:.4f} bits a byte", highlight=False)
+        print(f"      {loss * tokens / math.log(2) / n_bytes:.4f} bits a byte")
 
 
 def _score(

@@ -343,6 +343,11 @@ class _Sampler:
     def __call__(self, logits: Tensor, batch: list[int]) -> list[int]:
         """The next tokens of the rows `batch` from their logits, (B, V)."""
         logits = logits.double()
+        if not logits.amax().isfinite():
+            raise ValueError(
+                "the model's outputs are not numbers: its training diverged, or its weights are damaged; use an "
+                "earlier checkpoint"
+            )
         if self.repetition_penalty != 1.0:
             seen = torch.zeros(logits.shape, dtype=torch.bool)
             for place, row in enumerate(batch):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..data.tokenizers import BPETokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
+from ..data.tokenizers import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
 from .config import ModelConfig
 from .model import GPT
 
@@ -59,7 +59,7 @@ def to_transformers(model: GPT) -> dict[str, Tensor]:
     own["wte.weight"] = own["wte.weight"][: config.vocab_size]
     state = {}
     for name, shape in _shapes(config).items():
-        tensor = own.get(name, torch.zeros(()))
+        tensor = own.get(name, torch.zeros((), dtype=own["wte.weight"].dtype))
         tensor = tensor.T if name.endswith(CONV1D) else tensor.expand(shape)
         state[PREFIX + name] = tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
     return state
@@ -89,8 +89,7 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
     tokenizer.save(folder / OWN_TOKENIZER)
     if isinstance(tokenizer, BPETokenizer) and (converted := _tokenizer_json(tokenizer)):
         _write_json(folder / "tokenizer.json", converted)
-        name = next(name for name, id in tokenizer.special_tokens.items() if id == tokenizer.end_of_text)
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), name)
+        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
         _write_json(
             folder / "tokenizer_config.json",
             {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length}
@@ -148,17 +147,36 @@ def import_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a transformers GPT-2 folder: the one that `export_model` wrote, else GPT-2's own.
 
     Raises:
-        ValueError, FileNotFoundError: the folder's tokenizer is neither, or GPT-2's vocabulary cannot be found.
+        FileNotFoundError: the folder has none, and GPT-2's vocabulary cannot be found elsewhere.
+        ValueError: its tokenizer is of another kind, damaged, or does not fit the model.
     """
     folder = Path(folder)
+    tokenizer = _read_tokenizer(folder)
+    if tokenizer.vocab_size != (size := _read_config(folder).vocab_size):
+        raise ValueError(
+            f"{folder}: the model has {size} tokens but the tokenizer {tokenizer.vocab_size}; "
+            "import a model together with the tokenizer that it was trained with"
+        )
+    return tokenizer
+
+
+def _read_tokenizer(folder: Path) -> Tokenizer:
     if (folder / OWN_TOKENIZER).is_file():
         return load_tokenizer(folder / OWN_TOKENIZER)
-    if (size := _read_config(folder).vocab_size) != SIZES["vocab_size"]:
+    if (file := folder / "merges.txt").is_file():
+        merges = file.read_text(encoding="utf-8", errors="replace")
+    elif (file := folder / "tokenizer.json").is_file():
+        pairs = _read_json(file).get("model", {}).get("merges", [])
+        lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
+        merges = "\n".join(["#version: 0.2", *lines, ""])
+    else:
+        return GPT2Tokenizer.find()
+    try:
+        return GPT2Tokenizer(merges)
+    except ValueError:
         raise ValueError(
-            f"{folder} has a vocabulary of {size} tokens and no {OWN_TOKENIZER}; this program can read GPT-2's own "
-            "tokenizer and those that `gpt export` wrote"
-        )
-    return GPT2Tokenizer.find()
+            f"{file} is not GPT-2's own tokenizer; this program reads that one and those it exported itself"
+        ) from None
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -216,13 +216,14 @@ class GPT(nn.Module):
                 return function(*args)
             return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
+        blocks: list[Block] = list(self.h)  # type: ignore[arg-type]
         if self.ln_f is None:
-            for block in self.h:
+            for block in blocks:
                 x = run(block.forward_post, x, seed, cache)
             return x
-        norms = [*(block.ln_1 for block in self.h), self.ln_f]
-        y = layer_norm(x, norms[0].weight, norms[0].bias, norms[0].eps, out_dtype=dtype)
-        for block, next_norm in zip(self.h, norms[1:], strict=True):
+        first, *norms = [*(block.ln_1 for block in blocks), self.ln_f]
+        y = layer_norm(x, first.weight, first.bias, first.eps, out_dtype=dtype)
+        for block, next_norm in zip(blocks, norms, strict=True):
             y, x = run(block, y, x, next_norm, seed, cache)
         return y
 

@@ -1,6 +1,6 @@
 """What every operator asks of its arguments: errors that name the argument, what it got and what it takes."""
 
-from torch import Tensor, bfloat16, float16, float32, float64, int32, int64
+from torch import Tensor, bfloat16, dtype, float16, float32, float64, int32, int64
 
 FLOATS = (float32, bfloat16, float16, float64)  # float64 runs on the reference only: it is the tests' oracle
 INTEGERS = (int32, int64)
@@ -24,10 +24,21 @@ def _tensors(operator: str, dtypes: tuple, tensors: dict[str, Tensor | None]) ->
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{operator}: {name} is a {type(tensor).__name__}; it takes a tensor")
         if tensor.dtype not in dtypes:
-            takes = ", ".join(str(dtype)[6:] for dtype in dtypes)
-            raise TypeError(f"{operator}: {name} has dtype {str(tensor.dtype)[6:]}; it takes {takes}")
+            raise TypeError(
+                f"{operator}: {name} has dtype {str(tensor.dtype)[6:]}; it takes {_names(dtypes)}"
+            )
         first = first or (name, tensor)
         same_device(operator, first[0], first[1], name, tensor)
+
+
+def _names(dtypes: tuple) -> str:
+    return ", ".join(str(dtype)[6:] for dtype in dtypes)
+
+
+def out_dtype(operator: str, wanted: dtype | None) -> None:
+    """The dtype asked for, where one is, is a supported floating one."""
+    if wanted is not None and wanted not in FLOATS:
+        raise TypeError(f"{operator}: out_dtype is {str(wanted)[6:]}; it takes {_names(FLOATS)}")
 
 
 def same_device(operator: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -41,6 +41,9 @@ def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
 
     Returns:
         A tensor like x.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype or device, or the probability.
     """
     checks.floating("dropout", x=x)
     checks.dropout("dropout", p, seed, x)

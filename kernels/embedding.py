@@ -41,6 +41,7 @@ def embed(
     """
     checks.integers("embed", ids=ids)
     checks.floating("embed", wte=wte, wpe=wpe)
+    checks.out_dtype("embed", out_dtype)
     checks.same_device("embed", "ids", ids, "wte", wte)
     if ids.dim() != 2:
         raise ValueError(f"embed: ids has shape {tuple(ids.shape)}; it takes (B, T)")

@@ -42,6 +42,7 @@ def layer_norm(
         TypeError, ValueError: an argument's dtype, shape or device.
     """
     checks.floating("layer_norm", x=x, weight=weight, bias=bias)
+    checks.out_dtype("layer_norm", out_dtype)
     _check_width("layer_norm", x, weight=weight, bias=bias)
     out_dtype = out_dtype or autocast(x.new_empty(0)).dtype
     choose("layer_norm", x)

@@ -142,6 +142,14 @@ def test_a_failed_install_shows_pips_words_and_leaves_no_stamp(clone: Clone) -> 
     assert not (clone.root / ".venv" / "set-up.json").exists()
 
 
+def test_an_update_that_fails_is_not_trusted(clone: Clone) -> None:
+    clone.run()
+    assert clone.run("test", pip="break")[0] == 1
+    code, output = clone.run()
+    assert code == 0
+    assert "half-made" in output
+
+
 def test_a_half_made_venv_is_built_anew(clone: Clone) -> None:
     killed = clone.start(pip="sleep 60")
     pip = clone.sleeping_pip()

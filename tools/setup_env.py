@@ -46,6 +46,8 @@ LOG = VENV / "set-up.log"
 STAMP = VENV / "set-up.json"
 OLD = ROOT / ".venv.old"  # on its way out
 
+WIPE = "\r\x1b[K" if sys.stdout.isatty() else ""  # takes pip's current step off the terminal's last line
+
 # pip's lines that announce a CUDA build of torch, before it is fetched. Where the index offers metadata, all is resolved before the
 # first large file and "Collecting nvidia-..." comes in time; where it does not, the size of torch's own wheel tells (CPU: 200 MB).
 CUDA_LINE = re.compile(r"Collecting nvidia-|Downloading torch-\S+ \((?:[4-9]\d\d|\d{4,})\.\d MB\)")
@@ -57,11 +59,11 @@ CUDA_NOTICE = (
 
 
 def say(message: str) -> None:
-    print(f"set-up: {message}", flush=True)
+    print(f"{WIPE}set-up: {message}", flush=True)
 
 
 def fail(message: str) -> NoReturn:
-    sys.exit(f"set-up: {message}")
+    sys.exit(f"{WIPE}set-up: {message}")
 
 
 @contextlib.contextmanager
@@ -116,7 +118,6 @@ def follow(command: list, lock: int, gpu: bool) -> None:
 
     The lock goes to the child too: a pip that outlives a killed make keeps the next one out.
     """
-    live = sys.stdout.isatty()
     noticed = False
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with LOG.open("a") as log, subprocess.Popen(command, **pipes, text=True, pass_fds=[lock]) as child:
@@ -127,13 +128,11 @@ def follow(command: list, lock: int, gpu: bool) -> None:
                 free = shutil.disk_usage(ROOT).free / 1e9
                 for notice in CUDA_NOTICE[: 1 if gpu else 2]:
                     say(notice.format(venv=VENV, free=free))
-            if live and line.lstrip().startswith(("Collecting", "Downloading", "Installing", "Building")):
+            if WIPE and line.lstrip().startswith(("Collecting", "Downloading", "Installing", "Building")):
                 width = shutil.get_terminal_size().columns - 1
-                print(f"\r\x1b[K{line.strip()[:width]}", end="", flush=True)
-    if live:
-        print("\r\x1b[K", end="")
+                print(f"{WIPE}{line.strip()[:width]}", end="", flush=True)
     if child.returncode:
-        print(*LOG.read_text().splitlines()[-15:], sep="\n")
+        print(f"{WIPE}...", *LOG.read_text().splitlines()[-15:], sep="\n", flush=True)
         fail(f"{' '.join(map(str, command[1:4]))} failed: above, the end of {LOG}. make starts it over.")
 
 

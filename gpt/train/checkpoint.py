@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...data.tokenizers import Tokenizer, load_tokenizer
-from ..config import RunConfig
+from ..config import ModelConfig, RunConfig
 from ..model import GPT
 from ..optim import Optimizers
 from ..settings import read_run, require_unused, write_config
@@ -47,25 +47,22 @@ def create_run(
     """Make a run folder around a model: configuration, tokenizer and a checkpoint of step 0.
 
     Raises:
-        FileExistsError: the folder holds a run already.
+        FileExistsError: the folder holds something already.
     """
-    start_run(out, config, tokenizer, origins)
+    start_run(out, tokenizer)
+    write_config(out / "config.toml", config, origins)
     save_checkpoint(out, model, None, {"step": 0}, keep=1)
 
 
-def start_run(out: Path, config: RunConfig, tokenizer: Tokenizer, origins: Mapping[str, str]) -> None:
-    """Make a run folder without a checkpoint yet.
+def start_run(out: Path, tokenizer: Tokenizer) -> None:
+    """Make a run folder, with the tokenizer in it.
 
     Raises:
-        FileExistsError: the folder holds a run already.
+        FileExistsError: the folder holds something already.
     """
-    if (out / "config.toml").exists():
-        raise FileExistsError(
-            f"{out} holds a run already; continue it with --resume {out} or choose another --out"
-        )
+    require_unused(out)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / "tokenizer.json")
-    write_config(out / "config.toml", config, origins)
 
 
 def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
@@ -77,11 +74,7 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
     """
     config = RunConfig.from_flat(read_run(path))
     tokenizer = load_tokenizer(path / "tokenizer.json")
-    if tokenizer.vocab_size != config.model.vocab_size:
-        raise ValueError(
-            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model {config.model.vocab_size}; "
-            "put back the tokenizer.json that the model was trained with"
-        )
+    require_fit(tokenizer, config.model, path)
     checkpoint = latest_checkpoint(path)
     if checkpoint is None:
         raise FileNotFoundError(f"{path} has no checkpoint; train it with: gpt train --resume {path}")
@@ -89,6 +82,15 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
         model = GPT(config.model)
     load_model(model, checkpoint)
     return Run(path, config, tokenizer, model.eval(), read_state(checkpoint)["step"])
+
+
+def require_fit(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
+    """Raise ValueError where a run's tokenizer is not the one that its model was trained with."""
+    if tokenizer.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model {model.vocab_size}; "
+            "put back the tokenizer.json that the model was trained with"
+        )
 
 
 def latest_checkpoint(path: Path) -> Path | None:

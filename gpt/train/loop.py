@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from .checkpoint import (
     load_model,
     load_optimizers,
     read_state,
+    require_fit,
     save_checkpoint,
     start_run,
 )
@@ -87,7 +89,7 @@ def train(
             run_steps(session, interrupted)
         if interrupted:
             session.display.say(
-                f"stopped after step {session.step.step:,}; go on with: gpt train --resume {out}"
+                f"stopped after step {session.step.step:,}; go on with: {program()} train --resume {out}"
             )
             raise KeyboardInterrupt
         finish(session)
@@ -97,59 +99,84 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     """Text to tokens, tokens to batches; model, optimizers and log, new or from the newest checkpoint."""
     display = Display()
     device = pick_device(config.train.device)
-    dtype = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
-    settings = replace(config.train, dtype=dtype)
-    checkpoint = latest_checkpoint(out) if resume else None
-    state = read_state(checkpoint) if checkpoint else {"step": 0}
-
     tokenizer = load_tokenizer(out / "tokenizer.json") if resume else build_tokenizer(config.train)
-    shards = token_shards(settings.data, tokenizer, settings.val_fraction, progress=True)
-    shape = replace(config.model, vocab_size=tokenizer.vocab_size)
+    if resume:
+        require_fit(tokenizer, config.model, out)
+    require_prompt(tokenizer, config)
+    shards = token_shards(config.train.data, tokenizer, config.train.val_fraction, progress=True)
     loader = TokenLoader(
         shards.train,
-        shape.context_length,
-        settings.micro_batch or settings.batch_size,
-        settings.seed,
+        config.model.context_length,
+        config.train.micro_batch or config.train.batch_size,
+        config.train.seed,
         device=device,
     )
-    validation = validation_batches(shards, settings, shape.context_length, device)
-    if settings.epochs:
-        settings = replace(
-            settings, steps=math.ceil(settings.epochs * loader.n_windows / settings.batch_size)
-        )
+    validation = validation_batches(shards, config.train, config.model.context_length, device)
+    given, config = config.flat(), settle(config, tokenizer, loader, device)
 
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(config.train.seed)
     with torch.device(device):
-        model = GPT(shape)
-    optimizers = build_optimizers(model, settings)
+        model = GPT(config.model)
+    optimizers = build_optimizers(model, config.train)
+    checkpoint = latest_checkpoint(out) if resume else None
+    state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0}
     if checkpoint:
         load_model(model, checkpoint)
         load_optimizers(model, optimizers, checkpoint)
-        if "loader" in state:
-            loader.load_state_dict(state["loader"])
-    step = TrainStep(model, optimizers, loader, settings, step=state["step"])
+    if "loader" in state:
+        loader.load_state_dict(state["loader"])
+    step = TrainStep(model, optimizers, loader, config.train, step=state["step"])
     if "scaler" in state:
         step.scaler.load_state_dict(state["scaler"])
-    config = RunConfig(shape, settings)
-    if resume:
-        write_config(out / "config.toml", config, origins)
-    else:
-        start_run(out, config, tokenizer, origins)
+
+    found = {"vocab_size": "the tokenizer", "dtype": "the device", "steps": "epochs"}
+    settled = {key: where for key, where in found.items() if given[key] != config.flat()[key]}
+    if not resume:
+        start_run(out, tokenizer)
+    write_config(out / "config.toml", config, {**origins, **settled})
     log = MetricsLog(out / "metrics.jsonl", state["step"])
-    is_tales = split_name(settings.data)[0] == "tales"
-    floor = tales_floor(validation_tales(settings.eval_windows), tokenizer) if is_tales else None
+    is_tales = split_name(config.train.data)[0] == "tales"
+    floor = tales_floor(validation_tales(config.train.eval_windows), tokenizer) if is_tales else None
     display.start(config, model, loader, shards, device, state["step"])
     return Session(out, config, tokenizer, model, optimizers, loader, validation, step, log, display, floor)
 
 
+def settle(config: RunConfig, tokenizer: Tokenizer, loader: TokenLoader, device: torch.device) -> RunConfig:
+    """The configuration with what only data and device can tell: the vocabulary's size, the steps, the dtype."""
+    settings = config.train
+    steps = (
+        math.ceil(settings.epochs * loader.n_windows / settings.batch_size)
+        if settings.epochs
+        else settings.steps
+    )
+    dtype: Any = str(pick_dtype(settings.dtype, device)).removeprefix("torch.")
+    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    return RunConfig(model, replace(settings, steps=steps, dtype=dtype))
+
+
+def require_prompt(tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Raise ValueError where the samples' prompt cannot be encoded or does not fit the context."""
+    tokens, context = (
+        len(tokenizer.encode(config.train.prompt, allowed_special="all")),
+        config.model.context_length,
+    )
+    if tokens > context:
+        raise ValueError(
+            f"the samples' prompt has {tokens} tokens and the context only {context}; shorten --prompt"
+        )
+
+
 def build_tokenizer(settings: TrainConfig) -> Tokenizer:
-    """The tokenizer that the data's tokens were made with, or the one that the settings ask for."""
+    """The tokenizer that the settings name, or the one that the data's tokens were made with, or one made from its text."""
+    if settings.tokenizer not in ("bpe", "word", "char"):
+        return make_tokenizer(settings.tokenizer)
     if stored := stored_tokenizer(settings.data):
         return stored
-    texts = open_corpus(settings.data, settings.val_fraction).train_texts()
-    return make_tokenizer(
-        settings.tokenizer, texts, settings.bpe_vocab_size if settings.tokenizer == "bpe" else None
-    )
+    corpus = open_corpus(settings.data, settings.val_fraction)
+    if settings.tokenizer == "char":  # it has no unknown character: those of the validation part count too
+        return make_tokenizer("char", chain(corpus.train_texts(), corpus.val_texts()))
+    size = settings.bpe_vocab_size if settings.tokenizer == "bpe" else None
+    return make_tokenizer(settings.tokenizer, corpus.train_texts(), size)
 
 
 def run_steps(session: Session, interrupted: list[int]) -> None:
@@ -279,7 +306,7 @@ def _interruption() -> Iterator[list[int]]:
         signal.signal(number, before[number])
 
     before: dict[int, Any] = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
         before[number] = signal.signal(number, note)
     try:
         yield received

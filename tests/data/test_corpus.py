@@ -3,12 +3,16 @@
 import hashlib
 import http.server
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
 from fusedgpt.data import corpus
 from fusedgpt.data.corpus import cache_dir, download, open_corpus, split_name
 
@@ -125,17 +129,21 @@ def test_parquet(tmp_path):
 
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install 'fusedgpt\[parquet\]'"):
         open_corpus(write(tmp_path / "a.parquet", "x"))
 
 
 def test_the_fingerprint_follows_the_files(tmp_path):
     path = write(tmp_path / "a.txt", "some text")
+    os.utime(path, ns=(10**18, 10**18))
     first = open_corpus(path).fingerprint
-    assert open_corpus(path).fingerprint == first
-    write(path, "other text")
-    assert open_corpus(path).fingerprint != first
+    assert open_corpus(path, 0.5).fingerprint == first
+    write(path, "SOME TEXT")  # as long, but later
+    second = open_corpus(path).fingerprint
+    os.utime(write(tmp_path / "b.txt", "another t"), ns=(10**18, 10**18))
+    third = open_corpus(tmp_path / "b.txt").fingerprint  # as long and as old as the first was
+    assert len({first, second, third, open_corpus(tmp_path).fingerprint}) == 4
 
 
 def test_tales_hold_out_other_tales(monkeypatch):
@@ -369,3 +377,8 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/h")
     assert cache_dir() == Path("/h/.cache/fusedgpt")
+
+
+def test_text_is_read_without_torch_and_numpy():
+    code = "import sys, fusedgpt.data.corpus as c; c.open_corpus('tales:1'); assert not {'torch', 'numpy'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

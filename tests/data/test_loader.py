@@ -6,11 +6,12 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
+
 from fusedgpt.data.loader import TokenLoader, WindowOrder, _ReadAhead
 from fusedgpt.data.shards import open_shard, token_shards, write_shards
 from fusedgpt.data.tokenizers import make_tokenizer
 from fusedgpt.data.windows import EvalWindows, WindowDataset
-from torch.utils.data import DataLoader
 
 T = 8
 LENGTHS = [100, 5, 9, 58]  # 12 + 0 + 1 + 7 windows
@@ -102,6 +103,13 @@ def test_shard_files_and_arrays_give_the_same(shards, tmp_path):
     assert same(take(TokenLoader(files, T, 3), 20), take(TokenLoader(shards, T, 3), 20))
 
 
+def test_an_empty_array_among_others_changes_nothing(shards):
+    with_empty = [np.zeros(0, np.uint16), *shards]
+    assert TokenLoader(with_empty, T, 1).n_windows == N
+    pairs = zip(EvalWindows(with_empty, T, 3), EvalWindows(shards, T, 3), strict=True)
+    assert all(same(a, b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 20, 33, 61])
 def test_the_batch_size_only_cuts_the_stream(shards, batch_size):
     whole = take(TokenLoader(shards, T, 1), 183)
@@ -162,6 +170,11 @@ def test_other_data_are_refused(shards):
         with pytest.raises(ValueError, match=f"cannot continue in the training data: {message}"):
             other.load_state_dict(state)
         assert other.position == 0
+    long = np.zeros(2000, np.uint16)
+    with pytest.raises(
+        ValueError, match="checksum"
+    ):  # more text of the same beginning, still as many windows
+        TokenLoader([np.append(long, 0)], 15, 3).load_state_dict(TokenLoader([long], 15, 3).state_dict())
 
 
 def test_position_and_epoch_count_windows_of_all_ranks(shards):
@@ -328,6 +341,8 @@ def test_the_context_that_is_offered_fits(tokens, fits):
         ValueError, match=f"the training part has {tokens} tokens.*--context-length {fits} .*smaller --val"
     ):
         TokenLoader([np.zeros(tokens, np.uint16)], 1000, 1)
+    with pytest.raises(ValueError, match="too few"):  # the last target is missing
+        TokenLoader([np.zeros(tokens, np.uint16)], tokens, 1)
     TokenLoader([np.zeros(tokens, np.uint16)], fits, 1)
     TokenLoader([np.zeros(tokens, np.uint16)], tokens - 1, 1)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fusedgpt.data import shards
 from fusedgpt.data.corpus import open_corpus
 from fusedgpt.data.shards import (
@@ -172,6 +173,15 @@ def test_the_verdict_has_the_known_numbers_of_tokens(shared_data, gpt2_tokenizer
     assert not made.separated
 
 
+@pytest.mark.parametrize(("kind", "train", "val"), [("gpt2", 301_966, 36_059), ("char", 1_003_854, 111_540)])
+def test_shakespeare_has_the_numbers_that_nanogpt_reports(
+    shared_data, gpt2_tokenizer_cache, kind, train, val
+):
+    path = shared_data / "tinyshakespeare.txt"
+    made = token_shards(path, make_tokenizer(kind, open_corpus(path).train_texts()))
+    assert (made.train_tokens, made.val_tokens) == (train, val)
+
+
 def test_documents_stand_between_end_of_text(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ("ab", "é", "ba", "b")), encoding="utf-8")
@@ -309,6 +319,15 @@ def test_a_folder_of_shards_is_a_source_and_brings_its_tokenizer(text, tmp_path)
     assert (made.val_bytes, made.separated) == (225, False)
     with pytest.raises(ValueError, match=r"made with a bpe tokenizer of .* not the given one .char"):
         token_shards(tmp_path / "out", make_tokenizer("char", ["a"]))
+
+
+def test_a_name_wins_over_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tales").mkdir()
+    (tmp_path / "tales" / "train.bin").write_bytes(GOOD)
+    assert stored_tokenizer("tales") is None
+    with pytest.raises(ValueError, match="no validation shards"):
+        token_shards("./tales", make_tokenizer("char", ["a"]))
 
 
 def test_shards_of_others_take_a_tokenizer_that_fits(tmp_path):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from fusedgpt.data.tokenizers import (
     BPETokenizer,
     CharTokenizer,

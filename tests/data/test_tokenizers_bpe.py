@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import regex
 import tiktoken
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fusedgpt.data.tokenizers import BPETokenizer
 from fusedgpt.data.tokenizers.bpe import PIECES, learn_merges
 from fusedgpt.data.tokenizers.gpt2 import GPT2Tokenizer
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 UNICODE = "Ünïcödé café cafe\u0301 naïve 😉😉👩‍👩‍👧 日本語日本 Привет привет １２３ ½ ﷺ \u00a0x \u200b\u2003 \r\n\t\n\n   a  \x00\x1c"

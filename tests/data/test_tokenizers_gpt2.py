@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import tiktoken
-from fusedgpt.data.tokenizers import gpt2, load_tokenizer, make_tokenizer
-from fusedgpt.data.tokenizers.gpt2 import GPT2Tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from fusedgpt.data.tokenizers import gpt2, load_tokenizer, make_tokenizer
+from fusedgpt.data.tokenizers.gpt2 import GPT2Tokenizer
 
 PUBLISHED = {
     "\t": [197],

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from fusedgpt.data.tokenizers import CharTokenizer, WordTokenizer
-from fusedgpt.data.tokenizers.word import split_items
 from hypothesis import given
 from hypothesis import strategies as st
+
+from fusedgpt.data.tokenizers import CharTokenizer, WordTokenizer
+from fusedgpt.data.tokenizers.word import split_items
 
 
 def test_the_verdict_in_words(shared_data: Path) -> None:

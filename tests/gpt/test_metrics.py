@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from fusedgpt.gpt.config import ModelConfig, preset
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.train.metrics import MetricsLog, Speedometer, overfitting, plot_runs, read_metrics

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fusedgpt.gpt.config import ModelConfig, TrainConfig
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers, clip_gradients, lr_factor

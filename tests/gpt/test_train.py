@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.evaluate import document_batches, mean_loss
 from fusedgpt.gpt.model import GPT
@@ -25,7 +26,7 @@ def config(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text(TEXT)
     shape = ModelConfig(
-        1, context_length=16, n_layer=1, n_head=2, n_embd=16, attn_dropout=0.1, resid_dropout=0.1
+        29, context_length=16, n_layer=1, n_head=2, n_embd=16, attn_dropout=0.1, resid_dropout=0.1
     )
     settings = TrainConfig(
         data=str(tmp_path / "text.txt"),

@@ -53,11 +53,11 @@ def levels(keep: Callable[..., Tensor], *where: int, **size: int) -> Tensor:
     return sum(keep(eighth / LEVELS, *where, **size).long() for eighth in range(1, LEVELS))
 
 
-def dependence(a: Tensor, b: Tensor) -> float:
+def dependence(a: Tensor, b: Tensor, count: int = LEVELS) -> float:
     """How far the joint distribution of two arrays of levels is from independence, in standard deviations."""
-    joint = torch.bincount((a * LEVELS + b).flatten(), minlength=LEVELS**2).view(LEVELS, LEVELS).double()
+    joint = torch.bincount((a * count + b).flatten(), minlength=count**2).view(count, count).double()
     expected = joint.sum(1, keepdim=True) * joint.sum(0, keepdim=True) / joint.sum()
-    return chi_square(joint, expected, (LEVELS - 1) ** 2)
+    return chi_square(joint, expected, (count - 1) ** 2)
 
 
 both = pytest.mark.parametrize("keep", [flat, stacked])
@@ -159,17 +159,18 @@ def test_keep_rate_over_the_whole_along_rows_and_along_columns(p: float) -> None
         assert_ordinary((statistic - (size - 1)) / math.sqrt(2 * (size - 1)), f"the spread over {name} is")
 
 
-def test_every_threshold_of_each_field_of_attentions_words() -> None:
-    """All 127 probabilities that attention can have, in each of the four elements that share a word."""
-    numbers = torch.stack(
-        [attention_keep_mask(seed(2), 3, 16, 64, 64, level / 128) for level in range(1, 128)]
-    ).sum(0)
-    fields = numbers.view(16, 4, 2, 8, 4, 2, 8)  # bit 3 of q and bit 3 of k are the dimensions of 2
-    for q in range(2):
-        for k in range(2):
-            counts = torch.bincount(fields[:, :, q, :, :, k].flatten(), minlength=128).double()
-            expected = torch.full_like(counts, counts.sum().item() / 128)
-            assert_ordinary(chi_square(counts, expected, 127), f"field {q}{k} is")
+def test_every_threshold_of_the_elements_that_share_a_word() -> None:
+    """All 127 probabilities that attention can have: fair for each of the four elements, independent between them."""
+    numbers = sum(stacked(level / 128, heads=16).long() for level in range(1, 128))
+    fields = numbers.view(16, 8, 2, 8, 8, 2, 8)  # bit 3 of q and bit 3 of k are the dimensions of 2
+    four = [fields[:, :, q, :, :, k] for q in range(2) for k in range(2)]
+    for field in four:
+        counts = torch.bincount(field.flatten(), minlength=128).double()
+        assert_ordinary(chi_square(counts, torch.full_like(counts, field.numel() / 128), 127))
+    for a, b in combinations(range(4), 2):
+        assert_ordinary(dependence(four[a], four[b], 128), f"fields {a} and {b} are")
+    parity = sum(field // 64 for field in four) % 2  # all four together, in their most significant bits
+    assert_ordinary((parity.sum().item() - parity.numel() / 2) / math.sqrt(parity.numel() / 4))
 
 
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.2, 0.5, 0.999])
@@ -249,16 +250,6 @@ def test_heads_are_independent() -> None:
         )
 
 
-def test_elements_that_share_a_word_are_independent() -> None:
-    """In pairs, and all four: the parity of their most significant bits is fair."""
-    fields = levels(stacked, size=256, heads=8).view(8, 16, 2, 8, 16, 2, 8)
-    four = [fields[:, :, q, :, :, k] for q in range(2) for k in range(2)]
-    for a, b in combinations(range(4), 2):
-        assert_ordinary(dependence(four[a], four[b]), f"fields {a} and {b} are")
-    parity = sum(field // (LEVELS // 2) for field in four) % 2
-    assert_ordinary((parity.sum().item() - parity.numel() / 2) / math.sqrt(parity.numel() / 4))
-
-
 @both
 def test_the_corners_of_a_rectangle_are_independent(keep: Callable[..., Tensor]) -> None:
     """A word is made of one number a row and one a column: the product over four corners would show it."""
@@ -279,6 +270,21 @@ def test_no_direction_stands_out(value: int, stream: int) -> None:
         centred = (drawn - (LEVELS - 1) / 2) / math.sqrt((LEVELS**2 - 1) / 12)
         largest = torch.linalg.matrix_norm(centred.float(), 2).item()
         assert 0.97 < largest / (2 * math.sqrt(512)) < 1.02
+
+
+@both
+def test_every_two_rows_and_every_two_columns_are_independent(keep: Callable[..., Tensor]) -> None:
+    """However far apart, and in attention whatever their heads: half a million pairs each, no two of them alike."""
+    sign = keep(0.5, size=1024).view(-1, 1024, 1024)[0].float() * 2 - 1
+    rows_of_heads = stacked(0.5, size=128, heads=8).flatten(0, 1).float() * 2 - 1
+    for matrix in (sign, sign.T, rows_of_heads):
+        count, length = matrix.shape
+        pairs = (matrix @ matrix.T / math.sqrt(length))[tuple(torch.triu_indices(count, count, 1))]
+        statistic = pairs.square().sum().item()
+        assert_ordinary(
+            (statistic - pairs.numel()) / math.sqrt(2 * pairs.numel()), "the spread of the pairs is"
+        )
+        assert pairs.abs().max() < 6.5
 
 
 def test_no_row_column_or_head_repeats() -> None:
@@ -333,7 +339,7 @@ def test_attention_scales_by_the_probability_it_really_has(p: float) -> None:
     v = torch.eye(40, dtype=torch.float64)[None, :, None].expand(2, 40, 3, 40)
     out = attention(q, k, v, p, seed(8), 6, causal=False).transpose(1, 2)  # (B, H, Tq, Tk)
     keep = attention_keep_mask(seed(8), 6, 6, 40, 40, p).view(2, 3, 40, 40)
-    torch.testing.assert_close(out, keep / 40 / (1 - drop), rtol=1e-13, atol=0)
+    torch.testing.assert_close(out, keep.double() / 40 / (1 - drop), rtol=1e-13, atol=0)
 
 
 def test_the_mean_over_many_seeds_is_no_dropout() -> None:

@@ -66,7 +66,7 @@ class Held(TorchDispatchMode):
         self.known = {tensor.untyped_storage()._cdata for tensor in known}
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         storage = out.untyped_storage()
         if storage._cdata not in self.known:

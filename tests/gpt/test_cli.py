@@ -1,0 +1,423 @@
+"""The command line: what it parses, what it calls, what its help says, and how it ends."""
+
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fusedgpt import __version__
+from fusedgpt.data.shards import open_shard, open_shards
+from fusedgpt.data.tokenizers import CharTokenizer, load_tokenizer
+from fusedgpt.gpt.cli import COMMANDS, main, parse
+from fusedgpt.gpt.config import KEYS, ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.model import GPT
+from fusedgpt.gpt.settings import read_config
+from fusedgpt.gpt.train.checkpoint import create_run
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 40
+FLAGS = {
+    "train": {"preset", "config", "resume", "out", "dropout", *KEYS} - {"vocab_size"},
+    "generate": {
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "stop",
+        "seed",
+    }
+    | {"num_samples", "device"},
+    "evaluate": {"data", "device"},
+    "tokenize": {"tokenizer", "out", "val_fraction", "vocab_size"},
+    "tokenizer": {"vocab_size", "out", "kind"},
+    "plot": {"out"},
+    "import": set(),
+    "export": {"format"},
+}
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    Path("text.txt").write_text(TEXT)
+
+
+@pytest.fixture
+def run() -> str:
+    """A run with an untrained model of the characters of TEXT."""
+    torch.manual_seed(0)
+    tokenizer = CharTokenizer.train([TEXT])
+    shape = ModelConfig(tokenizer.vocab_size, context_length=16, n_layer=1, n_head=2, n_embd=16)
+    config = RunConfig(shape, TrainConfig(data="text.txt", tokenizer="char"))
+    create_run(Path("runs/tiny"), config, GPT(shape), tokenizer, {})
+    return "runs/tiny"
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What `gpt train` calls, with training itself out of the way."""
+    calls: list[tuple[Any, ...]] = []
+    stand_in = SimpleNamespace(train=lambda *arguments: calls.append(arguments))
+    monkeypatch.setitem(sys.modules, "fusedgpt.gpt.train.loop", stand_in)
+    return calls
+
+
+def ended(argv: list[str]) -> int | str | None:
+    """The exit code of `gpt argv...`, run in this process."""
+    try:
+        return main(argv)
+    except SystemExit as stop:
+        return stop.code
+
+
+def shell(command: str) -> subprocess.CompletedProcess[str]:
+    """Runs a shell command in which `gpt` is this checkout's."""
+    gpt = f"{sys.executable} -m fusedgpt.gpt"
+    line = command.replace("gpt ", f"{gpt} ", 1)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    return subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120, env=environment)
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_flag(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended([command, "--help"]) == 0
+    shown = set(re.findall(r"--([a-z0-9-]+)", capsys.readouterr().out))
+    assert {name.replace("_", "-") for name in FLAGS[command]} <= shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_in_the_help_are_commands_that_parse(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended([command, "--help"]) == 0
+    examples = re.findall(r"^    gpt (.*)$", capsys.readouterr().out, flags=re.MULTILINE)
+    assert examples, "one line each"
+    for example in examples:
+        parse(shlex.split(example))
+
+
+def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(["--help"]) == 0
+    listed = capsys.readouterr().out
+    for name, command in COMMANDS.items():
+        assert re.search(rf"{name} +{re.escape((command.__doc__ or '').splitlines()[0])}", listed)
+    assert ended([]) == 0
+    assert capsys.readouterr().out == listed
+
+
+def test_the_help_shows_docstrings_and_the_default_presets_values(capsys: pytest.CaptureFixture[str]) -> None:
+    ended(["train", "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "--n-embd INT Width of the residual stream. (default: 192)" in text
+    assert "--bias, --no-bias Biases in LayerNorms" in text
+    assert "folder of token shards, or one of the names" in text, "a docstring of two lines"
+
+
+def test_help_is_fast_and_light() -> None:
+    """CPU time, which other work on the machine does not change: 0.5 s is promised, some 0.15 s are needed."""
+    for command in ("--help", "train --help", "--version"):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = shell(f"gpt {command}")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0
+        assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    listed = shell("PYTHONPROFILEIMPORTTIME=1 gpt train --help")
+    imported = {line.rpartition("|")[2].strip() for line in listed.stderr.splitlines()}
+    assert "tyro" in imported
+    assert not {"torch", "triton", "numpy", "matplotlib", "tiktoken"} & imported
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(["--version"]) == 0
+    assert capsys.readouterr().out == f"fusedgpt {__version__}\n"
+
+
+# ---- parsing
+
+
+def test_train_passes_on_what_was_resolved(trained: list[tuple[Any, ...]]) -> None:
+    argv = "train --preset tales --n-layer 3 --emb-dim=96 --no-bias --learning_rate 0.5 --data text.txt --out mine"
+    assert ended(argv.split()) == 0
+    ((config, out, resume, origins),) = trained
+    assert (config.model.n_layer, config.model.n_embd, config.model.bias) == (3, 96, False)
+    assert (config.train.lr, config.train.data, config.train.optimizer) == (0.5, "text.txt", "muon")
+    assert (out, resume) == (Path("mine"), False)
+    flags = {key for key, origin in origins.items() if origin == "flag"}
+    assert flags == {"n_layer", "n_embd", "bias", "lr", "data"}
+    assert origins["optimizer"] == "preset tales"
+
+
+def test_train_reads_a_file_and_a_run(trained: list[tuple[Any, ...]], run: str) -> None:
+    Path("more.toml").write_text("steps = 70\nlr = 0.25\n")
+    assert ended(["train", "--resume", run, "--config", "more.toml", "--lr", "0.125"]) == 0
+    ((config, out, resume, origins),) = trained
+    assert (config.model.n_embd, config.train.steps, config.train.lr) == (16, 70, 0.125)
+    assert (out, resume) == (Path(run), True)
+    assert (origins["n_embd"], origins["steps"], origins["lr"]) == (f"run {run}", "file more.toml", "flag")
+
+
+@pytest.mark.parametrize("flag", ["--dropout", "--drop-rate", "--drop_rate"])
+def test_one_flag_sets_all_dropout_rates(flag: str, trained: list[tuple[Any, ...]]) -> None:
+    assert ended(["train", flag, "0.3"]) == 0
+    shape = trained[0][0].model
+    assert (shape.embd_dropout, shape.attn_dropout, shape.resid_dropout) == (0.3, 0.3, 0.3)
+
+
+def test_a_flag_given_twice_means_the_last(trained: list[tuple[Any, ...]]) -> None:
+    assert ended(["train", "--n-embd", "64", "--emb-dim", "128"]) == 0
+    assert trained[0][0].model.n_embd == 128
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("trian", "unknown command 'trian'; did you mean 'train'?"),
+        ("help", "unknown command 'help'; there are train, generate,"),
+        ("train --n-haed 3", "unknown flag --n-haed; did you mean --n-head?"),
+        ("train --n_haed=3", "unknown flag --n_haed; did you mean --n-head?"),
+        ("train --lerning-rate 3", "unknown flag --lerning-rate; did you mean --learning-rate?"),
+        ("train --vocab-size 300", "unknown flag --vocab-size; did you mean --bpe-vocab-size?"),
+        ("generate --promt x runs/tiny", "unknown flag --promt; did you mean --prompt?"),
+        ("generate --temprature", "unknown flag --temprature; did you mean --temperature?"),
+        ("plot --xyzzy", "unknown flag --xyzzy; see gpt plot --help"),
+        ("plot --runs runs/tiny", "unknown flag --runs; see gpt plot --help"),
+        ("plot", "gpt plot takes the folder of a run"),
+        ("train --bias=False", "--bias takes no value: write --bias or --no-bias"),
+        ("train --no-bias=1", "--no-bias takes no value: write --bias or --no-bias"),
+        ("generate runs/tiny --num-samples 0", "num_samples = 0 is not allowed"),
+        ("train --resume runs/tiny --n-layer 2", "n_layer = 2 (flag) does not fit runs/tiny"),
+        ("train --config none.toml", "none.toml: No such file or directory"),
+    ],
+)
+def test_a_mistake_ends_in_one_line(
+    argv: str, message: str, run: str, capsys: pytest.CaptureFixture[str], trained: list[tuple[Any, ...]]
+) -> None:
+    assert ended(argv.split()) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {message}")
+    assert (out, err.count("\n")) == ("", 1)
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("train --lr x", ["--lr", "'x'"]),
+        ("train --steps 1e3", ["--steps", "'1e3'"]),
+        ("train --norm mid", ["--norm", "'mid'", "pre", "post"]),
+        ("train --steps", ["--steps"]),
+        ("train runs/tiny", ["runs/tiny"]),
+        ("train --bias False", ["False"]),
+        ("generate", ["RUN"]),
+        ("tokenize text.txt", ["--out"]),
+        ("tokenizer trian text.txt --out t.json", ["trian", "train"]),
+    ],
+)
+def test_what_tyro_refuses_is_named(
+    argv: str, words: list[str], capsys: pytest.CaptureFixture[str], trained: list[tuple[Any, ...]]
+) -> None:
+    assert ended(argv.split()) == 2
+    out, err = capsys.readouterr()
+    assert all(word in err for word in [*words, f"gpt {argv.split()[0]} --help"]), err
+    assert out == ""
+    assert err.count("\n") <= 12
+    assert not trained
+
+
+# ---- how a command ends
+
+
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_debug_shows_the_traceback_wherever_it_stands(where: int) -> None:
+    argv = ["train", "--preset", "smal"]
+    argv.insert(where, "--debug")
+    with pytest.raises(ValueError, match="unknown preset 'smal'"):
+        main(argv)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (ValueError("it is so"), 2, "error: it is so\n"),
+        (RuntimeError("out of memory"), 2, "error: out of memory\n"),
+        (FileNotFoundError("no run; make one"), 2, "error: no run; make one\n"),
+        (PermissionError(13, "Permission denied", "mine"), 2, "error: mine: Permission denied\n"),
+        (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_end_quietly(
+    error: BaseException, code: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(sys.modules, "fusedgpt.gpt.evaluate", SimpleNamespace(evaluate_run=fail))
+    assert ended(["evaluate", "runs/tiny"]) == code
+    assert capsys.readouterr().err == shown
+    if code == 2:
+        with pytest.raises(type(error)):
+            main(["evaluate", "runs/tiny", "--debug"])
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fusedgpt.gpt.evaluate", SimpleNamespace(evaluate_run=lambda: None))
+    with pytest.raises(TypeError):
+        main(["evaluate", "runs/tiny"])
+
+
+def test_a_process_ends_with_a_code_and_one_line() -> None:
+    done = shell("gpt train --resume runs/none")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: runs/none .*\n", done.stderr)
+    done = shell("gpt train --resume runs/none --debug")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert "FileNotFoundError: runs/none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["train --help", "--version", "tokenizer train text.txt --kind char --out made.json"]
+)
+def test_a_reader_that_leaves_early_is_no_error(command: str) -> None:
+    done = shell(f"(gpt {command}; echo $? >&2) | true")
+    assert done.stderr == "141\n"
+
+
+# ---- commands, run for real
+
+
+def test_generate_writes_the_prompt_and_what_follows(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", run, "--prompt", "the quick", "--max-tokens", "30", "--seed", "1"]
+    assert ended(argv) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("the quick")
+    assert first.endswith("\n")
+    assert ended(argv) == 0
+    assert capsys.readouterr().out == first
+    assert ended([*argv[:-1], "2"]) == 0
+    assert capsys.readouterr().out != first
+
+
+def test_generate_shows_every_sample_of_every_prompt(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", run, "--prompt", "the", "--prompt", "fox", "--num-samples", "2", "--max-tokens", "5"]
+    assert ended(argv) == 0
+    heads = re.findall(r"^--- (\d)\n(the|fox)", capsys.readouterr().out, flags=re.MULTILINE)
+    assert heads == [("1", "the"), ("2", "the"), ("3", "fox"), ("4", "fox")]
+
+
+def test_generate_passes_its_settings_on(run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def stand_in(
+        model: GPT, tokenizer: Any, prompts: list[str], max_tokens: int, **settings: Any
+    ) -> list[str]:
+        given.update(settings, prompts=prompts, max_tokens=max_tokens)
+        return [""] * len(prompts)
+
+    monkeypatch.setattr("fusedgpt.gpt.generate.generate_text", stand_in)
+    argv = "--max-tokens 7 --temperature 0.5 --top-k 3 --top-p 0.9 --repetition-penalty 1.5 --stop a --stop b"
+    assert (
+        ended(["generate", run, *argv.split(), "--seed", "4", "--num-samples", "2", "--device", "cpu"]) == 0
+    )
+    assert given == {
+        "prompts": ["", ""],
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_k": 3,
+        "top_p": 0.9,
+        "repetition_penalty": 1.5,
+        "stop": ("a", "b"),
+        "seed": 4,
+        "on_text": None,
+        "dtype": torch.float32,
+    }
+
+
+def test_generate_ends_before_a_stop_string(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["generate", run, "--prompt", "the", "--temperature", "0", "--max-tokens", "40"]
+    assert ended(argv) == 0
+    greedy = capsys.readouterr().out
+    stop = greedy[10]
+    assert ended([*argv, "--stop", stop]) == 0
+    assert capsys.readouterr().out == greedy[: greedy.index(stop, 3)] + "\n"
+
+
+def test_tokenize_makes_shards_that_decode_to_the_text(capsys: pytest.CaptureFixture[str]) -> None:
+    text = TEXT + "fé!"  # two characters that only the held-out part has
+    Path("text.txt").write_text(text)
+    assert (
+        ended(["tokenize", "text.txt", "--tokenizer", "char", "--out", "shards", "--val-fraction", "0.2"])
+        == 0
+    )
+    shards = open_shards("shards")
+    parts = [np.concatenate([open_shard(path) for path in part]) for part in (shards.train, shards.val)]
+    assert "".join(shards.tokenizer.decode(part.tolist()) for part in parts) == text
+    assert len(parts[1]) == pytest.approx(0.2 * len(text), abs=1)
+    assert f"{len(parts[0]):,} training and {len(parts[1]):,} validation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["bpe", "word", "char"])
+def test_tokenizer_train_writes_a_tokenizer(kind: str) -> None:
+    size = [] if kind == "char" else ["--vocab-size", "270"]
+    assert ended(["tokenizer", "train", "text.txt", "--kind", kind, *size, "--out", "made/tok.json"]) == 0
+    tokenizer = load_tokenizer("made/tok.json")
+    assert tokenizer.kind == kind
+    assert tokenizer.decode(tokenizer.encode("the lazy dog.")) == "the lazy dog."
+
+
+def test_a_run_can_be_trained_evaluated_and_plotted(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = "train --data text.txt --tokenizer char --context-length 16 --n-layer 1 --n-embd 16 --n-head 2"
+    argv += " --steps 4 --eval-interval 2 --save-interval 2 --log-interval 1 --device cpu --out runs/new"
+    assert ended([*argv.split(), "--sample-tokens", "4"]) == 0
+    assert "n_layer = 1" in Path("runs/new/config.toml").read_text()
+    assert ended(["train", "--resume", "runs/new", "--steps", "6"]) == 0
+    assert Path("runs/new/checkpoints/step-000006").is_dir()
+    capsys.readouterr()
+    assert ended(["evaluate", "runs/new", "--device", "cpu"]) == 0
+    assert "loss" in capsys.readouterr().out
+    assert ended(["plot", "runs/new", "--out", "curve.png"]) == 0
+    assert Path("curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_goes_out_to_transformers_format_and_comes_back(
+    run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ended(["export", run, "hf"]) == 0
+    assert ended(["import", "hf", "runs/back"]) == 0
+    assert read_config(Path("runs/back/config.toml"))["tokenizer"] == "char"
+    assert "n_embd = 16" in Path("runs/back/config.toml").read_text()
+    capsys.readouterr()
+    written = []
+    for folder in (run, "runs/back"):
+        assert ended(["generate", folder, "--prompt", "the", "--temperature", "0", "--max-tokens", "20"]) == 0
+        written.append(capsys.readouterr().out)
+    assert written[0] == written[1]
+    assert ended(["import", "hf", run]) == 2
+    assert "output folder in use" in capsys.readouterr().err
+    assert ended(["export", run, "hf"]) == 2
+    assert "output folder in use" in capsys.readouterr().err
+
+
+def test_an_imported_model_needs_its_own_tokenizer(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ended(["export", run, "hf"]) == 0
+    CharTokenizer.train(["another alphabet"]).save("hf/fusedgpt-tokenizer.json")
+    capsys.readouterr()
+    assert ended(["import", "hf", "runs/back"]) == 2
+    assert "tokenizer" in capsys.readouterr().err
+    assert not Path("runs/back").exists()
