@@ -322,7 +322,7 @@ def test_the_verdict_makes_nine_training_batches_and_one_for_validation(
     assert TokenLoader([train], 256, 2).n_windows == 18
     assert len(EvalWindows([val], 256, 2)) == 1
     message = (
-        "the validation part has 534 tokens, too few for one window of context_length 1,024 and its last target. "
+        "the validation part has 534 tokens, too few for one window of context_length 1024 and its last target. "
         r"Use --context-length 512 \(533 at most\), a larger --val-fraction, or more text"
     )
     with pytest.raises(ValueError, match=message):

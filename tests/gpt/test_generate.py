@@ -392,6 +392,16 @@ def test_text_to_text(tokenizer: BPETokenizer) -> None:
     assert 0 < len(cut[0]) <= 8
 
 
+def test_a_stop_string_ends_the_work(tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(1)
+    model = GPT(ModelConfig(tokenizer.vocab_size, CONTEXT, 1, 1, 8))
+    (text,) = generate_text(model, tokenizer, ["ab"], 60, seed=3)
+    passes, hidden = [], model.hidden
+    monkeypatch.setattr(model, "hidden", lambda ids, **options: (passes.append(1), hidden(ids, **options))[1])
+    generate_text(model, tokenizer, ["ab"], 60, seed=3, stop=[text[5]])
+    assert len(passes) <= 8
+
+
 def test_an_empty_stop_string_and_an_unknown_character_are_named() -> None:
     tokenizer = CharTokenizer("abc")
     model = GPT(ModelConfig(tokenizer.vocab_size, CONTEXT, 1, 1, 8))

@@ -263,6 +263,8 @@ def same_ids(folder: Path, tokenizer: BPETokenizer) -> None:
         ids = tokenizer.encode(text, allowed_special="all")
         assert other(text)["input_ids"] == ids
         assert other.decode(ids) == text
+    specials = "".join(tokenizer.special_tokens)
+    assert other.decode(other(f"a{specials}b")["input_ids"], skip_special_tokens=True) == "ab"
     assert len(other) == tokenizer.vocab_size
     assert other.eos_token_id == tokenizer.end_of_text
 
