@@ -53,8 +53,6 @@ TABLES = {
     "colour": "red; blue; green; yellow; orange; white; purple; golden",
     "trait": "kind; brave; clever; cheerful; gentle; patient; merry; shy",
     "age": "six; seven; five; eight; nine; four; ten",
-    "house": "stone; wooden; crooked; narrow; tall; little; round; brick",
-    "mill": "the mill; the bridge; the market; the farm; the church; the harbour; the bakery; the tower",
     "elder": "mother; father; sister; brother",
     "kin": "grandmother; uncle; aunt; grandfather",
     "place, at": """
@@ -80,6 +78,7 @@ TABLES = {
 
 RULES = {
     "day": "day | morning | afternoon",
+    "the mill": "the [mill|bridge|market|farm|church|harbour|bakery|tower]",
     "sunny": "sunny | warm | windy | cold | bright | quiet | grey | fine",
     "One day": "One <sunny> <day> | One <day>",
     "two": "three | two | four | five | six | seven | eight | nine | ten",
@@ -96,7 +95,7 @@ RULES = {
     "until dark": """
         until [it was dark|dinner|bedtime|the stars came out|the sun went down|{his} {elder} called]
         """,
-    "friend": "{friend}[ from [{mill}|school|next door|the city]|]",
+    "friend": "{friend}[ from [<the mill>|school|next door|the city]|]",
     "said hero": "<said> {hero}[| <softly>]",
     "said elder": "<said> {his} {elder}[| <softly>]",
     "praise": """
@@ -105,7 +104,7 @@ RULES = {
         """,
     "Once": "Once upon a time | Long ago | Once | In the old days",
     "start": """
-        In {a house} house [by|near|behind|beside] {mill} lived {a trait} {child}[ of {age}|] <named> {hero}
+        In a [stone|wooden|crooked|narrow|tall|little|round|brick] house [by|near|behind|beside] <the mill> lived {a trait} {child}[ of {age}|] <named> {hero}
         | <Once> there [was|lived] {a trait} {child}[ of {age}|] <named> {hero}
         | {Hero} was {a trait} {child}[ of {age}|]
         """,
@@ -123,18 +122,18 @@ RULES = {
         """,
     "From then on": "From that day on | From then on | After that | Ever since that day",
     "end": """
-        That [night|evening], {hero} [slept|fell asleep|lay] [beside|near|next to] the {colour} {thing} and
+        That [night|evening], {trait} {hero} [slept|fell asleep|lay] [beside|near|next to] the {colour} {thing} and
         dreamed of <a dragon>.
         | <From then on>, {hero} {played} the {colour} {thing} <every day>.
         | <From then on>, {hero} [took good care of|looked after|was proud of] the {colour} {thing}.
-        | {Trait} {hero} <smiled> and {played} the {colour} {thing} [<until dark>|<softly>|{at}].
-        | Then {hero} <took> the {colour} {thing} back to the {house} house.
+        | {Hero} <smiled> and {played} the {colour} {thing} [<until dark>|<softly>|{at}].
+        | Then {hero} <took> the {colour} {thing} home and <smiled>.
         """,
     "end together": """
         <From then on>, {hero} and {friend} {played} the {colour} {thing} [together|{at}]
         [every <day>|<two> times a day].
-        | {Trait} {hero} and {friend} <smiled> and {played} the {colour} {thing} [together|side by side|{at}].
-        | So {hero} and {friend} [became|were] [best|good] friends
+        | {Hero} and {friend} <smiled> and {played} the {colour} {thing} [together|side by side|{at}].
+        | So {trait} {hero} and {friend} [became|were] [best|good] friends
         and {played} the {colour} {thing} <until dark>.
         """,
     "end with animal": """
@@ -152,7 +151,7 @@ RULES = {
         at something {colour}: the {thing}! [<end>|<end with animal>]
         """,
     "lost": """
-        <One day>, {he} <took> it to {place}, but [on the way to the {house} house|soon|by noon]
+        <One day>, {he} <took> it to {place}, but [on the way home|soon|by noon]
         it was [gone|lost]. {He} looked <behind a tree> and found <a shoe>, but no {colour} {thing}.
         [<found by friend>|<found by animal>]
         """,
@@ -182,7 +181,7 @@ RULES = {
         <behind a tree>.
         {Hero} put down the {colour} {thing} and [pulled|pushed|dug] for <two> [minutes|hours]
         until the {animal} was free.
-        The {animal} {cried} <two> times and <ran> with {him} to the {house} house, and {he} <named> it {pet}.
+        The {animal} {cried} <two> times and <ran> home with {him}, and {he} <named> it {pet}.
         [|<praise> ][<end>|<end with animal>]
         """,
     "ill": """

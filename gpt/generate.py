@@ -182,8 +182,8 @@ class TextStream:
         self.text = ""  # what has been released
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop
-        # Tokens since the last but one whole character, and how many of them have become text. A few that are text
-        # already come along because some tokenizers put a space between two tokens.
+        # The newest tokens, and how many of them are text already: those stay for one round as the left neighbours
+        # of what follows, because some tokenizers put a space between two tokens.
         self._ids, self._decoded = list(prompt), len(prompt)
         self._held = ""  # text that may be the beginning of a stop string
 
