@@ -18,8 +18,8 @@ How to read the grammar:
 - What is written first is likelier: of n rows or alternatives the first has twice the weight of the last,
   the others lie evenly between.
 
-Words of a table are kept out of the rules as far as English allows (no house is red, no shed is crooked): a
-small model copies the right word far sooner when no other word of the kind stands in between.
+Words of a table are kept out of the rules as far as English allows (no house is red, no friend has a hero's
+name): a small model copies the right word far sooner when no other word of the kind stands in between.
 """
 
 import math
@@ -99,12 +99,12 @@ RULES = {
     "said hero": "<said> {hero}[| <softly>]",
     "said elder": "<said> {his} {elder}[| <softly>]",
     "praise": """
-        "[What a {trait} {child} you are|You are [such |]{a trait} {child}][, {hero}|],"
-        <said elder>.
+        "[What a {trait} {child} you are|You are [such |]{a trait} {child}][, {hero}|]," <said elder>.
         """,
     "Once": "Once upon a time | Long ago | Once | In the old days",
     "start": """
-        In a [stone|wooden|crooked|narrow|tall|little|round|brick] house [by|near|behind|beside] <the mill> lived {a trait} {child}[ of {age}|] <named> {hero}
+        In a [stone|wooden|crooked|narrow|tall|little|round|brick] house [by|near|behind|beside] <the mill>
+        lived {a trait} {child}[ of {age}|] <named> {hero}
         | <Once> there [was|lived] {a trait} {child}[ of {age}|] <named> {hero}
         | {Hero} was {a trait} {child}[ of {age}|]
         """,
@@ -122,8 +122,8 @@ RULES = {
         """,
     "From then on": "From that day on | From then on | After that | Ever since that day",
     "end": """
-        That [night|evening], {trait} {hero} [slept|fell asleep|lay] [beside|near|next to] the {colour} {thing} and
-        dreamed of <a dragon>.
+        That [night|evening], {trait} {hero} [slept|fell asleep|lay] [beside|near|next to] the {colour} {thing}
+        and dreamed of <a dragon>.
         | <From then on>, {hero} {played} the {colour} {thing} <every day>.
         | <From then on>, {hero} [took good care of|looked after|was proud of] the {colour} {thing}.
         | {Hero} <smiled> and {played} the {colour} {thing} [<until dark>|<softly>|{at}].
@@ -151,8 +151,8 @@ RULES = {
         at something {colour}: the {thing}! [<end>|<end with animal>]
         """,
     "lost": """
-        <One day>, {he} <took> it to {place}, but [on the way home|soon|by noon]
-        it was [gone|lost]. {He} looked <behind a tree> and found <a shoe>, but no {colour} {thing}.
+        <One day>, {he} <took> it to {place}, but [on the way home|soon|by noon] it was [gone|lost].
+        {He} looked <behind a tree> and found <a shoe>, but no {colour} {thing}.
         [<found by friend>|<found by animal>]
         """,
     "weather": """
@@ -162,8 +162,7 @@ RULES = {
         about <a dragon> until the {weather} {ended}. [<end>|<end together>]
         """,
     "share": """
-        <One day>, {he} met a [lonely|sad|quiet|hungry|tired|small] {friend_child}
-        <named> {friend} {at}.
+        <One day>, {he} met a [lonely|sad|quiet|hungry|tired|small] {friend_child} <named> {friend} {at}.
         "[May I|Can I] {play} it[ too|, please|]?" asked {friend}[ <softly>|].
         {Hero} [thought for a moment|was not sure|looked at the ground|looked at {friend_him}],
         [but|and] then {he} <smiled>.

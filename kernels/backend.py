@@ -1,16 +1,24 @@
-"""Which implementation runs for these tensors, and why.
+"""Which implementation runs for these tensors, and why; and how a Triton operator joins PyTorch.
 
 `auto` takes a Triton kernel for CUDA and ROCm tensors wherever one exists and the reference for all else, so it
 never fails where the reference would work; a forced backend that cannot run raises instead.
 """
 
 import os
-from collections.abc import Iterator
+import shutil
+import sysconfig
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import _triton
+from ._triton import tl, triton
 
 BACKENDS = ("auto", "triton", "torch")
 OPERATORS = (
@@ -23,7 +31,8 @@ OPERATORS = (
     "linear_cross_entropy",
     "dropout",
 )
-TRITON_OPERATORS: frozenset[str] = frozenset()  # an operator joins with its kernel
+TRITON_OPERATORS = frozenset({"layer_norm", "add_layer_norm", "dropout"})  # an operator joins with its kernel
+MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU: bfloat16 arithmetic and asynchronous copies
 
 # A plain global: Dynamo cannot trace a ContextVar, and autograd's own threads, which recompute checkpointed blocks,
 # would not see its value.
@@ -39,7 +48,8 @@ class Choice(NamedTuple):
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the `with` block on one backend: "triton", "torch" or "auto" (the default).
 
-    Wins over the environment variable FUSEDGPT_BACKEND. A forced backend that cannot run an operator raises there.
+    Wins over the environment variable FUSEDGPT_BACKEND, and holds for all threads. A forced backend that cannot
+    run an operator raises there.
 
     Raises:
         ValueError: the name is none of the three.
@@ -63,8 +73,8 @@ def _known(name: str, origin: str) -> str:
     return name
 
 
-def choose(operator: str, x: Tensor) -> Choice:
-    """The backend for one call of `operator` on a tensor like x, with the reason as half a sentence.
+def choose(operator: str, x: Tensor, *others: Tensor | None) -> Choice:
+    """The backend for one call of `operator` on x and the other tensors, with the reason as half a sentence.
 
     Raises:
         RuntimeError: "triton" was forced and cannot run here.
@@ -72,7 +82,7 @@ def choose(operator: str, x: Tensor) -> Choice:
     wanted = requested()
     if wanted == "torch":
         return Choice("torch", "it was asked for")
-    obstacle = _obstacle(operator, x)
+    obstacle = _obstacle(operator, wanted, x, others)
     if obstacle is None:
         return Choice(
             "triton", "it was asked for" if wanted == "triton" else f"{x.device.type} tensors have a kernel"
@@ -82,13 +92,64 @@ def choose(operator: str, x: Tensor) -> Choice:
     return Choice("torch", obstacle)
 
 
-def _obstacle(operator: str, x: Tensor) -> str | None:
-    """What keeps the Triton kernel of an operator from running on a tensor like x, or None."""
+def _obstacle(operator: str, wanted: str, x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
+    """What keeps the Triton kernel of an operator from running on these tensors, or None."""
     if operator not in TRITON_OPERATORS:
         return f"this version has no Triton kernel for {operator}"
+    if _triton.MISSING is not None:
+        return f"Triton cannot be imported ({_triton.MISSING})"
+    if any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
+        return "float64 exists in plain PyTorch only"
+    if _triton.INTERPRETED:
+        return None if wanted == "triton" else "Triton's interpreter runs only where it is asked for"
     if not x.is_cuda:
         return f"the tensors are on {x.device}, and Triton kernels need a CUDA or ROCm device"
-    return None
+    return unusable(x.device)
+
+
+@torch.compiler.assume_constant_result
+def unusable(device: torch.device) -> str | None:
+    """Why compiled Triton kernels cannot run on a CUDA or ROCm device, or None: found out once for a device."""
+    return _probe(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@cache
+def _probe(index: int) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < MIN_CAPABILITY:
+        got, needed = (
+            ".".join(map(str, c)) for c in (torch.cuda.get_device_capability(index), MIN_CAPABILITY)
+        )
+        return f"{torch.cuda.get_device_name(index)} has compute capability {got}; the kernels need {needed}"
+    try:
+        with torch.cuda.device(index):
+            flag = torch.zeros(1, device="cuda")
+            _probe_kernel[(1,)](flag)
+            if flag.item() == 1.0:
+                return None
+        obstacle = "a first Triton kernel ran but gave a wrong result"
+    except Exception as error:  # whatever a compiler, a driver or a launcher may throw
+        lines = str(error).strip().splitlines() or [""]
+        obstacle = f"a first Triton kernel failed with {type(error).__name__}: {lines[0]}"
+    obstacle = "; ".join([obstacle, *missing_tools()])
+    warnings.warn(f"fusedgpt: the GPU runs without Triton kernels: {obstacle}", RuntimeWarning, stacklevel=2)
+    return obstacle
+
+
+@triton.jit
+def _probe_kernel(flag):
+    tl.store(flag, 1.0)
+
+
+def missing_tools() -> list[str]:
+    """What Triton's launcher is built with and this machine lacks, each with its remedy."""
+    missing = []
+    if shutil.which(os.environ.get("CC", "cc")) is None and not (
+        shutil.which("gcc") or shutil.which("clang")
+    ):
+        missing.append("there is no C compiler (install gcc, or name one in CC)")
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        missing.append("Python's headers are missing (install python3-dev or its like)")
+    return missing
 
 
 def explain(operator: str, x: Tensor) -> str:
@@ -128,3 +189,41 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 def _autocasts(x: Tensor) -> bool:
     device = x.device.type  # not every device has autocast: meta tensors know none
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+_library = torch.library.Library("fusedgpt", "DEF")
+
+
+def register(
+    schema: str,
+    implementation: Callable,
+    fake: Callable,
+    save: Callable | None = None,
+    backward: Callable | None = None,
+) -> Any:
+    """Make a launcher the PyTorch operator `fusedgpt::<name>` and return the operator.
+
+    Defined through the dispatcher alone: the wrappers of `torch.library.custom_op` cost host time at every call.
+
+    Args:
+        schema: "name(Tensor x, ...) -> Tensor"; no output may alias an input or another output.
+        implementation: takes the arguments in the schema's order.
+        fake: the same for tensors without data.
+        save: (ctx, inputs, output), keeps what the backward needs.
+        backward: (ctx, *gradients), each a tensor or, where nobody used the output, None.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fusedgpt::{name}", fake, lib=_library)
+    if backward is not None:
+
+        def save_sparingly(ctx: Any, inputs: tuple, output: Any) -> None:
+            ctx.set_materialize_grads(False)  # an output that nobody used brings None, not a tensor of zeros
+            if save is not None:
+                save(ctx, inputs, output)
+
+        torch.library.register_autograd(
+            f"fusedgpt::{name}", backward, setup_context=save_sparingly, lib=_library
+        )
+    return getattr(torch.ops.fusedgpt, name).default

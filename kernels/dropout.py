@@ -19,40 +19,19 @@ multiplication and two exclusive ors.
   is scaled by the exact probability of keeping.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from . import checks
-from .backend import choose
+from ._triton import on_device_of, tl, triton
+from .backend import choose, register
+from .tiles import Case, dropout_tile
 
 GOLDEN = 0x9E3779B9
 _LOW = 0xFFFFFFFF
 ATTENTION_LEVELS = 128  # a quarter word has 8 bits; the eighth is left free for a packed comparison
-
-
-def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
-    """x with every element dropped with probability p and the rest scaled by 1 / (1 - p).
-
-    Args:
-        x: any shape, floating; its last dimension gives the columns, all others the rows.
-        p: in [0, 1], quantised to 2^-32.
-        seed: int64, one element, on x's device.
-        stream: which of a step's dropouts this is.
-
-    Returns:
-        A tensor like x.
-
-    Raises:
-        TypeError, ValueError: an argument's dtype or device, or the probability.
-    """
-    checks.floating("dropout", x=x)
-    checks.dropout("dropout", p, seed, x)
-    choose("dropout", x)
-    if p == 0.0:
-        return x
-    columns = x.shape[-1] if x.dim() else 1
-    keep = keep_mask(seed, stream, x.numel() // max(columns, 1), columns, p).view(x.shape)
-    return x * keep * keep_scale(p)
 
 
 def keep_scale(p: float) -> float:
@@ -63,6 +42,16 @@ def keep_scale(p: float) -> float:
 def attention_threshold(p: float) -> int:
     """How many of ATTENTION_LEVELS equally likely values drop an element: p quantised, 0 and 1 only where p is."""
     return min(max(round(p * ATTENTION_LEVELS), p > 0.0), ATTENTION_LEVELS - (p < 1.0))
+
+
+def int32_bits(value: int) -> int:
+    """The low 32 bits of value as a signed number: a kernel argument that is int32 whatever its value."""
+    return (value + 2**31) % 2**32 - 2**31
+
+
+def threshold_bits(p: float) -> int:
+    """Words below this are dropped, as `int32_bits`. A p of 1 keeps one word in 2^32, which `keep_scale` zeroes."""
+    return int32_bits(min(round(p * 2**32), 2**32 - 1))
 
 
 def keep_mask(seed: Tensor, stream: int, rows: int, columns: int, p: float) -> Tensor:
@@ -99,3 +88,174 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ x >> 16) * 0x21F0AAAD & _LOW
     x = (x ^ x >> 15) * 0xD35A2D97 & _LOW
     return x ^ x >> 15
+
+
+@triton.jit
+def dropout_key(seed, stream):
+    """What every word of one stream starts from. seed: pointer to int64; stream: 32 bits as int32."""
+    value = tl.load(seed)
+    key = _mix32(stream.to(tl.uint32, bitcast=True) + 0x9E3779B9)
+    return _mix32(_mix32(key ^ (value >> 32).to(tl.uint32)) ^ value.to(tl.uint32))
+
+
+@triton.jit
+def row_keys(key, head, row):
+    """r of the rows `row` of one head: uint32 like row. Without heads, head is 0."""
+    return _mix32(_mix32(key ^ head) ^ row.to(tl.uint32)) | 1
+
+
+@triton.jit
+def column_keys(key, column):
+    """c of the columns `column`: uint32 like column."""
+    return _mix32(column.to(tl.uint32) ^ _mix32(key + 0x9E3779B9))
+
+
+@triton.jit
+def dropout_words(r, c):
+    """The 32-bit words of positions whose r and c broadcast together."""
+    product = r.to(tl.uint64) * (c ^ r)  # one wide multiplication; umulhi and a product apart are two
+    return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
+
+
+@triton.jit
+def keep_elements(r, c, threshold):
+    """The mask of rows and columns, True where kept. threshold: `threshold_bits(p)`."""
+    return dropout_words(r, c) >= threshold.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def keep_scores(key, head, q, k, threshold):
+    """The mask of a tile of attention scores, True where kept.
+
+    q and k are positions, int32, that broadcast together: (Q, 1) and (1, K), or (1, Q) and (K, 1) for a transposed
+    tile. threshold: `attention_threshold(p)`. Bit 3 is masked out before hashing, so that the compiler finds the
+    words of elements that share one equal and computes them once; comparing in place spares the shift.
+    """
+    words = dropout_words(row_keys(key, head, q & ~8), column_keys(key, k & ~8))
+    unit = 1 << (8 * (2 * ((q >> 3) & 1) + ((k >> 3) & 1)))  # the lowest bit of the element's byte
+    unit = unit.to(tl.uint32)
+    return (words & (unit * 127)) >= unit * threshold.to(tl.uint32)
+
+
+@triton.jit
+def _mix32(x):
+    x = (x ^ (x >> 16)) * 0x21F0AAAD
+    x = (x ^ (x >> 15)) * 0xD35A2D97
+    return x ^ (x >> 15)
+
+
+@triton.jit(do_not_specialize=["stream", "threshold", "rows"])
+def _dropout_kernel(
+    x, out, seed, stream, threshold, scale, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    across = tl.cdiv(columns, BLOCK)  # one grid axis: the others take no more than 65,535 programs
+    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = row[:, None] * columns + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    key = dropout_key(seed, stream)
+    keep = keep_elements(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :], threshold)
+    value = tl.load(x + at, mask=inside).to(tl.float32) * scale
+    tl.store(out + at, tl.where(keep, value, 0.0), mask=inside)
+
+
+def compile_cases(architecture: str) -> list[Case]:
+    """What `make kernels-report` compiles of this file."""
+    tile = dropout_tile(768)
+    return [
+        Case(
+            f"dropout {dtype}",
+            _dropout_kernel,
+            {
+                "x": f"*{dtype}",
+                "out": f"*{dtype}",
+                "seed": "*i64",
+                "stream": "i32",
+                "threshold": "i32",
+                "scale": "fp32",
+                "rows": "i32",
+                "columns": "i32:16",
+                "ROWS": tile.rows,
+                "BLOCK": tile.block,
+            },
+            tile,
+        )
+        for dtype in ("bf16", "fp32")
+    ]
+
+
+def _launch(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+    """Moves each element twice, in and out. The mask of the backward is that of the forward."""
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    if x.numel() == 0:
+        return out
+    columns = x.shape[-1] if x.dim() else 1
+    rows = x.numel() // columns
+    tile = dropout_tile(columns)
+    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.block),)
+    with on_device_of(x):
+        _dropout_kernel[grid](
+            x,
+            out,
+            seed,
+            int32_bits(stream),
+            threshold_bits(p),
+            keep_scale(p),
+            rows,
+            columns,
+            ROWS=tile.rows,
+            BLOCK=tile.block,
+            num_warps=tile.warps,
+        )
+    return out
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    _, ctx.p, seed, ctx.stream = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+    (seed,) = ctx.saved_tensors
+    return None if grad is None else _dropout(grad, ctx.p, seed, ctx.stream), None, None, None
+
+
+_dropout = register(
+    "dropout(Tensor x, float p, Tensor seed, int stream) -> Tensor",
+    _launch,
+    lambda x, p, seed, stream: torch.empty_like(x, memory_format=torch.contiguous_format),
+    _save,
+    _backward,
+)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
+    """x with every element dropped with probability p and the rest scaled by 1 / (1 - p).
+
+    Args:
+        x: any shape, floating; its last dimension gives the columns, all others the rows.
+        p: in [0, 1], quantised to 2^-32.
+        seed: int64, one element, on x's device.
+        stream: which of a step's dropouts this is.
+
+    Returns:
+        A tensor like x.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device, or the probability.
+    """
+    checks.floating("dropout", x=x)
+    checks.dropout("dropout", p, seed, x)
+    if p == 0.0:
+        return x
+    if choose("dropout", x).backend == "triton":
+        return _dropout(x, p, seed, stream)
+    return masked(x, p, seed, stream)
+
+
+def masked(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
+    """`dropout` in plain PyTorch."""
+    columns = x.shape[-1] if x.dim() else 1
+    keep = keep_mask(seed, stream, x.numel() // max(columns, 1), columns, p).view(x.shape)
+    return x * keep * keep_scale(p)

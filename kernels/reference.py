@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .backend import without_autocast
-from .dropout import ATTENTION_LEVELS, attention_keep_mask, attention_threshold, dropout, keep_scale
+from .dropout import ATTENTION_LEVELS, attention_keep_mask, attention_threshold, keep_scale, masked
 
 
 def embed(
@@ -151,7 +151,7 @@ def _dropout(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:
     if p == 0.0:
         return x
     assert seed is not None  # checked by the public function
-    return dropout(x, p, seed, stream)
+    return masked(x, p, seed, stream)
 
 
 def _wide(x: Tensor) -> Tensor:

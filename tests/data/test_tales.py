@@ -274,12 +274,12 @@ def test_streams_are_independent_and_resumable(many):
 
 PINNED = (
     "Rosa was a kind girl of five who read a blue book in the forest. One sunny day, she took it to "
-    "the forest, but on the way to the tall house it was lost. She looked near a grey bush and found "
-    'a big spoon, but no blue book. "I will help you, Rosa," whispered Kate and searched beside a '
-    "muddy log. There was something blue: the book! Then Rosa took the blue book back to the tall "
-    "house."
+    "the forest, but on the way home it was gone. She looked near a muddy bench and found a small "
+    "sock, but no blue book. Then a big mouse called Biscuit walked by. Biscuit looked beside a wet "
+    "gate and squeaked two times at something blue: the book! After that, Rosa took good care of the "
+    "blue book."
 )
-PINNED_SHA256 = "48eeafaaa35dfa3205066d90a51fc2f96d97098f4bd480b2b8453b30b4fe9724"
+PINNED_SHA256 = "564d6f1d632cdfb4aed44400e4b07924b975155a7187b65b51a9aa051ad0ed05"
 
 
 def test_the_same_in_every_process():

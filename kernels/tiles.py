@@ -1,0 +1,107 @@
+"""Tile sizes by kernel, GPU architecture and width: tables, with where each row came from.
+
+A launcher asks for the row and passes it on; nothing is tuned at start-up. Measured rows are pasted from
+`python -m fusedgpt.bench tiles`; an "offline" row was compiled without a GPU and judged by registers and spills
+(`make kernels-report`). An architecture without rows of its own uses "any", which is kept free of spills everywhere.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+
+from ._triton import INTERPRETED
+
+
+class Hardware(NamedTuple):
+    architecture: str  # "sm_90", "gfx942", or "interpreter"
+    multiprocessors: int
+
+
+@cache
+def hardware(device: torch.device) -> Hardware:
+    """What a table is looked up by. Under Triton's interpreter: two processors, so that partial sums are several."""
+    if INTERPRETED:
+        return Hardware("interpreter", 2)
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return Hardware(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)
+    return Hardware(f"sm_{properties.major}{properties.minor}", properties.multi_processor_count)
+
+
+class Tile(NamedTuple):
+    """How a kernel over rows cuts its work."""
+
+    limit: int  # the widest row this is for
+    block: int  # columns a program holds at once; a narrower row takes the next power of two
+    rows: int  # rows a program holds at once
+    warps: int
+    stages: int  # of the loop over tiles; above 1 the next tile is copied to shared memory meanwhile
+    programs: int  # persistent programs a multiprocessor; 0: one program a tile
+    origin: str
+
+
+class Case(NamedTuple):
+    """One kernel as `make kernels-report` compiles it: each argument's Triton type, or its value if a constant."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, Any]
+    tile: Tile
+
+
+ANY = 1 << 31
+_OFFLINE = "offline"
+
+# Persistent programs keep the parameters and the dropout keys of their columns in registers, so warps are many enough
+# to leave each thread 8 to 16 elements a row. No more programs than are resident at once share the rows: one that
+# waits for another to end would double the time. The report holds that against the registers.
+_FORWARD = (
+    Tile(64, 64, 16, 1, 1, 12, _OFFLINE),
+    Tile(256, 256, 4, 1, 1, 16, _OFFLINE),
+    Tile(512, 512, 2, 2, 2, 10, _OFFLINE),
+    Tile(1024, 1024, 2, 4, 2, 5, _OFFLINE),
+    Tile(2048, 2048, 1, 4, 2, 4, _OFFLINE),
+    Tile(4096, 4096, 1, 8, 2, 2, _OFFLINE),
+    Tile(8192, 8192, 1, 16, 2, 1, _OFFLINE),
+    Tile(ANY, 4096, 1, 8, 1, 0, _OFFLINE),
+)
+_BACKWARD = (
+    Tile(64, 64, 16, 1, 1, 12, _OFFLINE),
+    Tile(256, 256, 4, 1, 1, 10, _OFFLINE),
+    Tile(512, 512, 2, 2, 2, 6, _OFFLINE),
+    Tile(1024, 1024, 2, 4, 2, 3, _OFFLINE),
+    Tile(2048, 2048, 1, 4, 2, 2, _OFFLINE),
+    Tile(4096, 4096, 1, 8, 2, 1, _OFFLINE),
+    Tile(ANY, 2048, 1, 8, 1, 0, _OFFLINE),
+)
+_INTERPRETER = (Tile(128, 128, 16, 1, 1, 1, ""), Tile(ANY, 64, 4, 1, 1, 0, ""))
+
+LAYER_NORM_FORWARD: dict[str, tuple[Tile, ...]] = {
+    "any": _FORWARD,
+    # 72 registers at 768 and 1024, 80 in float32: six programs are resident
+    "sm_90": (*_FORWARD[:3], _FORWARD[3]._replace(programs=6), *_FORWARD[4:]),
+    "interpreter": _INTERPRETER,
+}
+LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
+    "any": _BACKWARD,
+    # 123 to 128 registers at 768 and 1024: four programs are resident
+    "sm_90": (*_BACKWARD[:3], _BACKWARD[3]._replace(programs=4), *_BACKWARD[4:]),
+    "interpreter": _INTERPRETER,
+}
+
+
+def select(table: dict[str, tuple[Tile, ...]], architecture: str, columns: int) -> Tile:
+    """The row for a width, cut down to the power of two that holds it."""
+    tile = next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
+    return tile._replace(block=min(tile.block, next_power_of_two(columns)))
+
+
+def dropout_tile(columns: int) -> Tile:
+    """4096 elements: 32 a thread, four 16-byte loads of bfloat16. Safe anywhere, and nothing to tune."""
+    block = min(next_power_of_two(columns), 1024)
+    return Tile(ANY, block, 4096 // block, 4, 1, 0, _OFFLINE)
+
+
+def next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

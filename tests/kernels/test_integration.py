@@ -1,0 +1,128 @@
+"""What every Triton operator owes PyTorch: opcheck, autocast, activation checkpointing, torch.compile.
+
+An operator joins by a line in `fusedgpt.kernels.selfcheck.EXAMPLES` (its public call) and one in ARGUMENTS here (its
+registered operators).
+"""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fusedgpt.kernels import use_backend
+from fusedgpt.kernels.backend import TRITON_OPERATORS
+from fusedgpt.kernels.selfcheck import EXAMPLES
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SEED = torch.tensor([77], device=DEVICE)
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE, requires_grad=True)
+
+
+def flat(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, device=DEVICE)
+
+
+F32, F16 = torch.float32, torch.float16
+ARGUMENTS = [
+    ("dropout", (leaf(3, 5), 0.3, SEED, 1)),
+    ("layer_norm", (leaf(2, 3, 5), leaf(5), leaf(5), 1e-5, F32)),
+    ("layer_norm", (leaf(2, 140, dtype=F16), leaf(140), None, 1e-5, F32)),
+    ("add_layer_norm", (leaf(3, 5), leaf(3, 5), leaf(5), leaf(5), leaf(5), 1e-5, 0.2, SEED, 3)),
+    ("add_layer_norm", (leaf(3, 140, dtype=F16), leaf(3, 140), leaf(140), None, None, 1e-5, 0.0, None, 0)),
+    (
+        "layer_norm_backward",
+        (flat(3, 5), None, flat(3, 5), flat(5), flat(2, 3), 0.0, None, 0, F32, True, False, False),
+    ),
+    (
+        "layer_norm_backward",
+        (None, flat(3, 140), flat(3, 140), flat(140), flat(2, 3), 0.1, SEED, 0, F16, True, True, True),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"), ARGUMENTS, ids=[f"{name}-{i}" for i, (name, _) in enumerate(ARGUMENTS)]
+)
+def test_opcheck(name: str, arguments: tuple) -> None:
+    torch.library.opcheck(getattr(torch.ops.fusedgpt, name).default, arguments)
+
+
+def test_every_operator_is_checked() -> None:
+    assert set(EXAMPLES) >= TRITON_OPERATORS
+    assert {name for name, _ in ARGUMENTS} >= TRITON_OPERATORS
+
+
+def example(
+    operator: str, dtype: torch.dtype = torch.float32
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    torch.manual_seed(3)
+    shapes, _ = EXAMPLES[operator]
+    inputs = {name: leaf(*shape, dtype=dtype) for name, shape in shapes.items()}
+    extra = {
+        "seed": SEED,
+        "ids": torch.randint(100, (2, 70), device=DEVICE),
+        "targets": torch.randint(100, (140,), device=DEVICE),
+    }
+    return inputs | extra, list(inputs.values())
+
+
+def loss_and_gradients(
+    call, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor]
+) -> list[torch.Tensor]:
+    outputs = call(tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum(y.float().square().mean() for y in outputs)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+@pytest.mark.parametrize("operator", sorted(TRITON_OPERATORS))
+def test_compiled_without_graph_breaks(operator: str) -> None:
+    tensors, inputs = example(operator)
+    call = EXAMPLES[operator][1]
+    with use_backend("triton"):
+        compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+        ours = loss_and_gradients(compiled, tensors, inputs)
+        eager = loss_and_gradients(call, tensors, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+@pytest.mark.parametrize("operator", sorted(TRITON_OPERATORS))
+def test_compiling_follows_the_backend(operator: str) -> None:
+    tensors, _ = example(operator)
+    graphs = []
+
+    def note(module: torch.fx.GraphModule, _):
+        graphs.append("torch.ops.fusedgpt" in module.code)
+        return module
+
+    torch.compiler.reset()
+    compiled = torch.compile(EXAMPLES[operator][1], fullgraph=True, backend=note)
+    for backend in ("triton", "torch"):
+        with use_backend(backend):
+            compiled(tensors)
+    assert graphs == [True, False]
+
+
+@pytest.mark.parametrize("operator", sorted(TRITON_OPERATORS))
+def test_checkpointing_draws_the_same_masks(operator: str) -> None:
+    tensors, inputs = example(operator)
+    call = EXAMPLES[operator][1]
+    with use_backend("triton"):
+        ours = loss_and_gradients(lambda t: checkpoint(call, t, use_reentrant=False), tensors, inputs)
+        eager = loss_and_gradients(call, tensors, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
+
+
+@pytest.mark.parametrize("operator", sorted(TRITON_OPERATORS))
+def test_autocast_gives_the_dtypes_of_the_reference(operator: str) -> None:
+    tensors, inputs = example(operator)
+    dtypes = []
+    for backend in ("triton", "torch"):
+        with use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
+            outputs = EXAMPLES[operator][1](tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad(sum(y.float().sum() for y in outputs), inputs)
+        dtypes.append([t.dtype for t in (*outputs, *grads)])
+    assert dtypes[0] == dtypes[1]

@@ -1,0 +1,92 @@
+"""The bytes a kernel moves are those its docstring counts: every load and store of the interpreter is weighed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from fusedgpt.kernels import add_layer_norm, dropout, layer_norm, use_backend
+from fusedgpt.kernels.backend import _triton
+
+pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="only the interpreter can be watched")
+
+ROWS, COLUMNS, PROGRAMS = 96, 80, 2
+TENSOR = ROWS * COLUMNS  # elements
+STATS = 2 * ROWS * 4  # bytes: mean and reciprocal standard deviation
+PARAMETER = PROGRAMS * COLUMNS * 4  # bytes: each program reads it, or writes its partial sum, once
+SEED = PROGRAMS * 8
+
+
+@contextmanager
+def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    weights: list[int] = []
+
+    def watch(name: str, mask_at: int) -> None:
+        original = getattr(InterpreterBuilder, name)
+
+        def watched(self, pointers, *rest):
+            weights.append(int(rest[mask_at].data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+            return original(self, pointers, *rest)
+
+        patch.setattr(InterpreterBuilder, name, watched)
+
+    with monkeypatch.context() as patch, use_backend("triton"):
+        watch("create_masked_load", 0)  # (pointers, mask, other, ...)
+        watch("create_masked_store", 1)  # (pointers, value, mask, ...)
+        yield weights
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("p", "residual_dtype"), [(0.0, torch.float16), (0.1, torch.float16), (0.0, torch.float32)]
+)
+def test_add_layer_norm(p: float, residual_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, residual = leaf(ROWS, COLUMNS), leaf(ROWS, COLUMNS, dtype=residual_dtype)
+    weight, bias, x_bias = (leaf(COLUMNS, dtype=torch.float32) for _ in range(3))
+    seed = torch.tensor([1])
+    wide = residual_dtype.itemsize
+    drawn = SEED if p else 0
+    with moved(monkeypatch) as forward:
+        y, residual_out = add_layer_norm(x, residual, weight, bias, 1e-5, p, seed, 0, x_bias)
+    assert sum(forward) == TENSOR * (2 * 2 + 2 * wide) + STATS + 3 * PARAMETER + drawn
+    with moved(monkeypatch) as backward:
+        torch.autograd.backward([y, residual_out], [torch.ones_like(y), torch.ones_like(residual_out)])
+    separate_dx = 2 if p or wide == 4 else 0
+    assert sum(backward) == TENSOR * (2 + 3 * wide + separate_dx) + STATS + (1 + 3) * PARAMETER + drawn
+
+
+def test_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, bias = (
+        leaf(ROWS, COLUMNS),
+        leaf(COLUMNS, dtype=torch.float32),
+        leaf(COLUMNS, dtype=torch.float32),
+    )
+    with moved(monkeypatch) as forward:
+        y = layer_norm(x, weight, bias)
+    assert sum(forward) == 2 * TENSOR * 2 + STATS + 2 * PARAMETER
+    with moved(monkeypatch) as backward:
+        y.backward(torch.ones_like(y))
+    assert sum(backward) == 3 * TENSOR * 2 + STATS + (1 + 2) * PARAMETER
+
+
+def test_an_output_that_nobody_used_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, residual, weight = leaf(ROWS, COLUMNS), leaf(ROWS, COLUMNS), leaf(COLUMNS, dtype=torch.float32)
+    with use_backend("triton"):
+        y, _ = add_layer_norm(x, residual, weight)
+    with moved(monkeypatch) as backward:
+        y.backward(torch.ones_like(y))
+    assert sum(backward) == 3 * TENSOR * 2 + STATS + (1 + 1) * PARAMETER
+
+
+def test_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = leaf(ROWS, COLUMNS)
+    with moved(monkeypatch) as forward:
+        dropout(x, 0.1, torch.tensor([1]))
+    programs = ROWS * 128 // 4096  # tiles of 128 columns
+    assert sum(forward) == 2 * TENSOR * 2 + programs * 8
