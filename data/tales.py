@@ -55,10 +55,6 @@ TABLES = {
     "age": "six; seven; five; eight; nine; four; ten",
     "elder": "mother; father; sister; brother",
     "kin": "grandmother; uncle; aunt; grandfather",
-    "place, at": """
-        the park, in the park; the river, by the river; the meadow, in the meadow; the hill, on the hill;
-        the forest, in the forest; the pond, by the pond; the garden, in the garden; the lake, by the lake
-        """,
     "animal, cried": """
         dog, barked; cat, purred; duck, quacked; mouse, squeaked; owl, hooted; frog, croaked; goat, bleated;
         hen, clucked
@@ -79,6 +75,11 @@ TABLES = {
 RULES = {
     "day": "day | morning | afternoon",
     "the mill": "the [mill|bridge|market|farm|church|harbour|bakery|tower]",
+    "the park": "the [park|river|meadow|hill|forest|pond|garden|lake]",
+    "in the park": """
+        in the park | by the river | in the meadow | on the hill | in the forest | by the pond | in the garden
+        | by the lake
+        """,
     "sunny": "sunny | warm | windy | cold | bright | quiet | grey | fine",
     "One day": "One <sunny> <day> | One <day>",
     "two": "three | two | four | five | six | seven | eight | nine | ten",
@@ -108,7 +109,7 @@ RULES = {
         | <Once> there [was|lived] {a trait} {child}[ of {age}|] <named> {hero}
         | {Hero} was {a trait} {child}[ of {age}|]
         """,
-    "every day": "every [day|morning|evening] | on <sunny> days | all day long | {at}",
+    "every day": "every [day|morning|evening] | on <sunny> days | all day long | <in the park>",
     "had": """
         who had {a colour} {thing}[ and {played} it <every day>|].
         | who loved {his} {colour} {thing} more than [anything else|any other toy|<two> plum cakes].
@@ -118,22 +119,23 @@ RULES = {
         {He} had {a colour} {thing}[ and {played} it <every day>|].
         | Of all {his} <two> toys, {he} liked {his} {colour} {thing} best.
         | {His} {elder} had [made|given|bought] {him} {a colour} {thing}[ and <two> other toys|].
-        | Every <day>, {he} {played} {his} {colour} {thing} {at}.
+        | Every <day>, {he} {played} {his} {colour} {thing} <in the park>.
         """,
     "From then on": "From that day on | From then on | After that | Ever since that day",
     "end": """
-        That [night|evening], {trait} {hero} [slept|fell asleep|lay] [beside|near|next to] the {colour} {thing}
-        and dreamed of <a dragon>.
+        That [night|evening], {hero} [slept|fell asleep|lay] [beside|near|next to]
+        the {colour} {thing} and dreamed of <a dragon>.
         | <From then on>, {hero} {played} the {colour} {thing} <every day>.
         | <From then on>, {hero} [took good care of|looked after|was proud of] the {colour} {thing}.
-        | {Hero} <smiled> and {played} the {colour} {thing} [<until dark>|<softly>|{at}].
+        | {Hero} <smiled> and {played} the {colour} {thing} [<until dark>|<softly>|<in the park>].
         | Then {hero} <took> the {colour} {thing} home and <smiled>.
         """,
     "end together": """
-        <From then on>, {hero} and {friend} {played} the {colour} {thing} [together|{at}]
+        <From then on>, {hero} and {friend} {played} the {colour} {thing} [together|<in the park>]
         [every <day>|<two> times a day].
-        | {Hero} and {friend} <smiled> and {played} the {colour} {thing} [together|side by side|{at}].
-        | So {trait} {hero} and {friend} [became|were] [best|good] friends
+        | {Hero} and {friend} <smiled> and {played} the {colour} {thing}
+        [together|side by side|<in the park>].
+        | So {hero} and {friend} [became|were] [best|good] friends
         and {played} the {colour} {thing} <until dark>.
         """,
     "end with animal": """
@@ -151,18 +153,19 @@ RULES = {
         at something {colour}: the {thing}! [<end>|<end with animal>]
         """,
     "lost": """
-        <One day>, {he} <took> it to {place}, but [on the way home|soon|by noon] it was [gone|lost].
+        <One day>, {he} <took> it to <the park>, but [on the way home|soon|by noon] it was [gone|lost].
         {He} looked <behind a tree> and found <a shoe>, but no {colour} {thing}.
         [<found by friend>|<found by animal>]
         """,
     "weather": """
-        <One day>, {hero} and <friend> <ran> to {place} to {play} it.
+        <One day>, {hero} and <friend> <ran> to <the park> to {play} it.
         But [soon|before long|all at once] the {weather} {came}.
         They <ran> into <an old> [barn|shed|cave|hut|mill] and [told stories|sang songs|laughed]
         about <a dragon> until the {weather} {ended}. [<end>|<end together>]
         """,
     "share": """
-        <One day>, {he} met a [lonely|sad|quiet|hungry|tired|small] {friend_child} <named> {friend} {at}.
+        <One day>, {he} met a [lonely|sad|quiet|hungry|tired|small] {friend_child} <named> {friend}
+        <in the park>.
         "[May I|Can I] {play} it[ too|, please|]?" asked {friend}[ <softly>|].
         {Hero} [thought for a moment|was not sure|looked at the ground|looked at {friend_him}],
         [but|and] then {he} <smiled>.
@@ -176,7 +179,7 @@ RULES = {
         They told stories about <a dragon> <until dark>. <end>
         """,
     "rescue": """
-        <One day>, {he} heard a [sad|small|strange|soft] sound {at} and found <an old> {animal} stuck
+        <One day>, {he} heard a [sad|small|strange|soft] sound <in the park> and found <an old> {animal} stuck
         <behind a tree>.
         {Hero} put down the {colour} {thing} and [pulled|pushed|dug] for <two> [minutes|hours]
         until the {animal} was free.

@@ -136,8 +136,10 @@ class TanhGELU(torch.autograd.Function):
         x, gate = ctx.saved_tensors
         wide = _wide(x)
         slope = (wide * wide).mul_(3 * _GELU_C3).add_(_GELU_C1).mul_(wide)  # x · d(2u)/dx
-        slope = slope.mul_(1 - gate).add_(1).mul_(gate)
-        return (slope * grad).to(x.dtype)
+        slope.addcmul_(slope, gate, value=-1).add_(1).mul_(
+            gate
+        )  # in place: a new tensor costs more than its arithmetic
+        return slope.mul_(grad).to(x.dtype)
 
 
 def linear_cross_entropy(

@@ -242,7 +242,7 @@ def test_size(many):
     assert max(lengths) <= 115
     scored = many[:1500]
     bits = [-log_prob(text) / math.log(2) for text in scored]
-    assert min(bits) > 40  # no tale is more likely than 2^-40
+    assert min(bits) > 40  # so the streams of two seeds do not meet
     assert 0.18 < sum(bits) / sum(map(len, scored)) < 0.3
 
 
@@ -273,13 +273,12 @@ def test_streams_are_independent_and_resumable(many):
 
 
 PINNED = (
-    "Rosa was a kind girl of five who read a blue book in the forest. One sunny day, she took it to "
-    "the forest, but on the way home it was gone. She looked near a muddy bench and found a small "
-    "sock, but no blue book. Then a big mouse called Biscuit walked by. Biscuit looked beside a wet "
-    "gate and squeaked two times at something blue: the book! After that, Rosa took good care of the "
-    "blue book."
+    "Rosa was a kind girl of five who read a blue book in the forest. One warm morning, she heard a "
+    "sad sound by the river and found a muddy hen stuck beside a funny log. Rosa put down the blue "
+    "book and pushed for two hours until the hen was free. The hen clucked three times and rushed "
+    "home with her, and she called it Patch. From then on, Rosa was proud of the blue book."
 )
-PINNED_SHA256 = "564d6f1d632cdfb4aed44400e4b07924b975155a7187b65b51a9aa051ad0ed05"
+PINNED_SHA256 = "708f00283246eaa2b31e66c487824b6ef58636be1f895c2aa567d9359121e1f2"
 
 
 def test_the_same_in_every_process():
