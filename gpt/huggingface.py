@@ -243,8 +243,8 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any] | None:
     al., 2019, released code).
     """
     letters = {b: chr(b if i < 188 else 256 + i - 188) for i, b in enumerate(GPT2Tokenizer.byte_order)}
-    learnt = len(tokenizer._bytes) - len(tokenizer.special_tokens)
-    tokens = ["".join(letters[b] for b in token) for token in tokenizer._bytes[:learnt]]
+    learnt = len(tokenizer.token_bytes) - len(tokenizer.special_tokens)
+    tokens = ["".join(letters[b] for b in token) for token in tokenizer.token_bytes[:learnt]]
     if not tokenizer.special_tokens.keys().isdisjoint(tokens):
         return None
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -258,7 +258,7 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any] | None:
         "model": {
             "type": "BPE",
             "vocab": vocab,
-            "merges": [[tokens[a], tokens[b]] for a, b in tokenizer._merges],
+            "merges": [[tokens[a], tokens[b]] for a, b in tokenizer.merges],
         },
     }
 

@@ -61,14 +61,14 @@ class BPETokenizer(TokenizerBase):
                     f"merge {len(tokens) - 256} joins {a} and {b}, of which one does not exist yet"
                 )
             tokens.append(tokens[a] + tokens[b])
-        self._merges = {pair: 256 + i for i, pair in enumerate(merges)}
+        self.merges = {pair: 256 + i for i, pair in enumerate(merges)}
         self._ranks = {token: i for i, token in enumerate(tokens)}
         if len(self._ranks) < len(tokens):
             raise ValueError("two merges make the same bytes")
 
         specials = _special_tokens(special_tokens)
-        self._bytes = tokens + [token.encode() for token in specials]
-        super().__init__(len(self._bytes), {token: len(tokens) + i for i, token in enumerate(specials)})
+        self.token_bytes = tokens + [token.encode() for token in specials]
+        super().__init__(len(self.token_bytes), {token: len(tokens) + i for i, token in enumerate(specials)})
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Iterable[str] = ()) -> Self:
@@ -121,17 +121,17 @@ class BPETokenizer(TokenizerBase):
         ids: list[int] = []
         for piece in regex.findall(PIECES, text):
             symbols = [self._ranks[bytes([byte])] for byte in piece.encode()]
-            while known := [pair for pair in pairwise(symbols) if pair in self._merges]:
-                first_learnt = min(known, key=lambda pair: self._merges[pair])
-                symbols = _replace(symbols, first_learnt, self._merges[first_learnt])
+            while known := [pair for pair in pairwise(symbols) if pair in self.merges]:
+                first_learnt = min(known, key=lambda pair: self.merges[pair])
+                symbols = _replace(symbols, first_learnt, self.merges[first_learnt])
             ids += symbols
         return ids
 
     def _decode(self, ids: list[int]) -> str:
-        return b"".join([self._bytes[i] for i in ids]).decode(errors="replace")
+        return b"".join([self.token_bytes[i] for i in ids]).decode(errors="replace")
 
     def _fields(self) -> dict[str, Any]:
-        return {"special_tokens": list(self.special_tokens), "merges": list(self._merges)}
+        return {"special_tokens": list(self.special_tokens), "merges": list(self.merges)}
 
     @classmethod
     def _from_fields(cls, fields: dict[str, Any]) -> Self:

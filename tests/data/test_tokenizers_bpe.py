@@ -143,7 +143,7 @@ def test_ids_equal_hugging_faces(bpe: BPETokenizer, text: str) -> None:
     others = iter(range(256, 512))
     written = [character or chr(next(others)) for character in written]
     merges = []
-    for a, b in bpe._merges:
+    for a, b in bpe.merges:
         merges.append((written[a], written[b]))
         written.append(written[a] + written[b])
     theirs = tokenizers.Tokenizer(
@@ -203,7 +203,7 @@ def test_special_tokens_with_spaces_and_overlaps(bpe: BPETokenizer) -> None:
 )
 def test_special_tokens_equal_tiktokens(text: str, allowed: set[str], disallowed: set[str]) -> None:
     ours = BPETokenizer.train(["the the <| <|"], 270, ["<|p|>", "<q r>"])
-    ranks = {ours._bytes[i]: i for i in range(ours.vocab_size - 3)}
+    ranks = {ours.token_bytes[i]: i for i in range(ours.vocab_size - 3)}
     theirs = tiktoken.Encoding(
         "x", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=ours.special_tokens
     )
