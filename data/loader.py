@@ -7,6 +7,9 @@ epoch. One permutation mixes the windows of all shards.
 Order. Windows are numbered on through all epochs: number g is entry g % n of epoch g // n, n being the windows of an epoch.
 Batch k of rank r out of w takes the numbers from (k w + r) B to (k w + r + 1) B, so the ranks together read what one rank
 with a batch of w B reads, a batch may span epochs, nothing is dropped, and the position is one integer.
+
+Documents. A model that is to write documents shorter than its context sees them best from their first token: with
+`document_start`, a window moves back to the last such token (end-of-text) before it, if that is less than a window away.
 """
 
 from __future__ import annotations
@@ -29,9 +32,15 @@ class WindowOrder:
     """Which tokens window number g holds. Keeps the order of one epoch at a time; meant for one thread."""
 
     def __init__(
-        self, shards: Sequence[Shard], context_length: int, seed: int, part: str = "training"
+        self,
+        shards: Sequence[Shard],
+        context_length: int,
+        seed: int,
+        part: str = "training",
+        document_start: int | None = None,
     ) -> None:
         self.tiling = Tiling(shards, context_length, part)
+        self.document_start = document_start
         self.context_length, self.seed = context_length, seed
         self.n_windows = self.tiling.n_windows
         self._epoch = -1
@@ -45,6 +54,11 @@ class WindowOrder:
             shard, place = self.tiling.find(int(self._permutation[index]))
             tokens, length = self.tiling.tokens[shard], self.context_length
             start = (int(self._phases[shard]) + place * length) % len(tokens)
+            before = tokens[max(0, start - length + 1) : start + 1]
+            if self.document_start is not None and len(
+                found := np.flatnonzero(before == self.document_start)
+            ):
+                start -= len(before) - 1 - int(found[-1])
             span = tokens[start : start + length + 1]
             if len(span) <= length:
                 span = np.concatenate([span, tokens[: length + 1 - len(span)]])
@@ -76,6 +90,7 @@ class TokenLoader:
         world_size: int = 1,
         device: torch.device | str = "cpu",
         part: str = "training",
+        document_start: int | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it takes at least 1")
@@ -83,7 +98,7 @@ class TokenLoader:
             raise ValueError(f"rank {rank} of world_size {world_size}: ranks go from 0 to world_size - 1")
         if seed < 0:
             raise ValueError(f"seed is {seed}: it takes 0 or more")
-        self._order = WindowOrder(shards, context_length, seed, part)
+        self._order = WindowOrder(shards, context_length, seed, part, document_start)
         self._shape = (2, batch_size, context_length)
         self._offset, self._step = rank * batch_size, world_size * batch_size
         self.device = torch.device(device)
@@ -148,6 +163,7 @@ class TokenLoader:
             "seed": order.seed,
             "context_length": order.context_length,
             "n_windows": order.n_windows,
+            "document_start": -1 if order.document_start is None else order.document_start,
             "data": data,
         }
 

@@ -108,6 +108,9 @@ class TrainConfig:
     val_fraction: float = 0.1
     """Share of the data, its end, that is held out for validation."""
 
+    align_documents: bool = False
+    """Begin training windows at documents where these are shorter than the context, as they are when generated."""
+
     steps: int = 1000
     """Optimizer steps."""
     epochs: float = 0.0
@@ -241,22 +244,24 @@ PRESETS: dict[str, dict[str, Any]] = {
     "tales": {
         "data": "tales",
         "tokenizer": "bpe",
-        "bpe_vocab_size": 768,
-        "context_length": 192,
+        "bpe_vocab_size": 1024,
+        "align_documents": True,
+        "context_length": 160,
         "n_layer": 2,
-        "n_head": 2,
+        "n_head": 4,
         "n_embd": 64,
         "optimizer": "muon",
-        "steps": 1000,
+        "steps": 1600,
         "batch_size": 16,
-        "lr": 4e-3,
+        "lr": 1e-2,
         "muon_lr": 0.02,
-        "min_lr_ratio": 0.0,
-        "warmup_steps": 20,
+        "min_lr_ratio": 0.02,
+        "warmup_steps": 50,
         "schedule": "wsd",
-        "cooldown_fraction": 0.5,
+        "cooldown_fraction": 0.6,
         "weight_decay": 0.0,
-        "min_accepted": 0.5,
+        "eval_interval": 200,
+        "min_accepted": 0.3,
     },
     "small": {
         "tokenizer": "bpe",

@@ -110,6 +110,7 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         config.train.micro_batch or config.train.batch_size,
         config.train.seed,
         device=device,
+        document_start=tokenizer.end_of_text if config.train.align_documents else None,
     )
     validation = validation_batches(shards, config.train, config.model.context_length, device)
     given, config = config.flat(), settle(config, tokenizer, loader, device)

@@ -374,3 +374,22 @@ def test_impossible_strides_and_counts_are_named(shards):
         EvalWindows(shards, T, 2, max_windows=0)
     with pytest.raises(IndexError):
         WindowDataset(shards[0], T)[12]
+
+
+def test_windows_move_back_to_the_start_of_their_document() -> None:
+    documents = [range(n) for n in (5, 9, 40, 3, 7, 30)]  # a token is its own place in the document
+    tokens = np.concatenate([np.array(document, dtype=np.uint16) for document in documents])
+    free = TokenLoader([tokens], 16, 4, seed=3)
+    aligned = TokenLoader([tokens], 16, 4, seed=3, document_start=0)
+    moves = 0
+    for _ in range(12):
+        (rows, _), (moved, targets) = next(free), next(aligned)
+        for before, after in zip(rows.tolist(), moved.tolist(), strict=True):
+            near = before[0] < 16
+            assert after[0] == (0 if near else before[0])
+            assert near or after == before
+            moves += near and before[0] > 0
+        assert torch.equal(moved[:, 1:], targets[:, :-1])
+    assert moves > 10
+    with pytest.raises(ValueError, match="document_start"):
+        TokenLoader([tokens], 16, 4, seed=3).load_state_dict(aligned.state_dict())
