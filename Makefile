@@ -15,13 +15,15 @@ PYTHON := .venv/bin/python
 prepare := @python3 tools/setup_env.py
 endif
 
-.PHONY: help train test check bench clean
+.PHONY: help train test check bench gpu kernels-report clean
 
 help:
 	@echo 'make train   trains a small GPT on the embedded corpus, about two minutes on two CPU cores: runs/tales'
 	@echo 'make test    all tests'
 	@echo 'make check   ruff and mypy'
 	@echo 'make bench   what is faster, by how much, on this machine'
+	@echo 'make gpu     on a machine with a GPU: parity, tests, sanitizer and timings, within eight minutes: bench/results/'
+	@echo 'make kernels-report  every kernel compiled for four architectures, no GPU needed: registers, spills, shared memory'
 	@echo 'make clean   removes .venv, caches and build output, never runs/'
 	@echo 'The first of them makes .venv and installs what it needs; PYTHON=... uses an interpreter that has everything.'
 	@echo 'ARGS="..." adds flags, e.g. make train ARGS="--steps 100".'
@@ -43,6 +45,15 @@ check: $(LINK)/fusedgpt
 bench: $(LINK)/fusedgpt
 	$(prepare) bench
 	$(PYTHON) -m fusedgpt.bench step $(ARGS)
+
+gpu: $(LINK)/fusedgpt
+	$(prepare) test
+	$(PYTHON) -m fusedgpt.bench gpu $(ARGS)
+
+# ARGS="--json FILE" writes it as JSON too
+kernels-report: $(LINK)/fusedgpt
+	$(prepare)
+	$(PYTHON) -m fusedgpt.bench.kernels_report $(ARGS)
 
 # The package is the clone itself, whatever its folder is called: this link gives it its name, for mypy and for PYTHON=.
 $(LINK)/fusedgpt:

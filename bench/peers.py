@@ -27,12 +27,18 @@ class Peer:
     loss: Callable[[Tensor, Tensor], Tensor]
 
 
-def fusedgpt(model: GPT) -> Peer:
-    return Peer("fusedgpt", model, model)
+def fusedgpt(model: GPT, dtype: torch.dtype = torch.float32) -> Peer:
+    """Ours. dtype: of the activations."""
+    return Peer("fusedgpt", model, lambda inputs, targets: model(inputs, targets, dtype=dtype))
 
 
-def transformers_gpt2(model: GPT) -> Peer:
-    """Hugging Face's GPT2LMHeadModel with the weights of `model`.
+def transformers_gpt2(model: GPT, dtype: torch.dtype = torch.float32, compiled: bool = False) -> Peer:
+    """Hugging Face's GPT2LMHeadModel with the weights of `model`, on its device.
+
+    Args:
+        model: ours.
+        dtype: of autocast, which is off for float32.
+        compiled: through torch.compile.
 
     Raises:
         ImportError: transformers is not installed.
@@ -51,14 +57,20 @@ def transformers_gpt2(model: GPT) -> Peer:
         resid_pdrop=0.0,
         use_cache=False,
     )
-    theirs = GPT2LMHeadModel(config)
+    theirs: nn.Module = GPT2LMHeadModel(config)
     theirs.load_state_dict(to_transformers(model), strict=False)
+    device = next(model.parameters()).device
+    theirs.to(device).train()
 
     def loss(inputs: Tensor, targets: Tensor) -> Tensor:
-        logits = theirs(inputs).logits
-        return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            logits = theirs(inputs).logits
+            return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    return Peer(f"transformers {version('transformers')}", theirs.train(), loss)
+    name = f"transformers {version('transformers')}"
+    if compiled:
+        return Peer(f"{name}, torch.compile", theirs, torch.compile(loss, dynamic=False))
+    return Peer(name, theirs, loss)
 
 
 def nanogpt(model: GPT, folder: Path) -> Peer:

@@ -9,15 +9,21 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from ..gpt.config import ModelConfig
+from ..gpt.model import GPT
+from ..gpt.train.metrics import Speedometer
+from ..kernels import use_backend
 from .peers import Peer, build_model, fusedgpt, nanogpt, transformers_gpt2
+from .timing import memory
 
 # (batch, configuration): sizes that two CPU cores step through in a fraction of a second
 SIZES: dict[str, tuple[int, ModelConfig]] = {
@@ -25,7 +31,7 @@ SIZES: dict[str, tuple[int, ModelConfig]] = {
     "small": (8, ModelConfig(4096, context_length=256, n_layer=4, n_head=4, n_embd=192)),
     "gpt2": (1, ModelConfig(50257, context_length=256)),
 }
-LOSS_TOLERANCE = 2e-3  # relative; nanoGPT's exact GELU differs by less
+LOSS_TOLERANCE = 2e-3  # relative; nanoGPT's exact GELU differs by less, and so does bfloat16
 
 
 @dataclass
@@ -37,6 +43,10 @@ class Row:
     tokens_per_second: float
     ratio: float  # its time over ours
     loss: float
+    mfu: float | None = None  # on a GPU whose peak is known
+    gigabytes: float | None = (
+        None  # on a GPU: the most that the step needs beside weights and optimizer state
+    )
 
 
 def run_step(
@@ -78,39 +88,83 @@ def run_step(
     return rows
 
 
+def gpu_sides(device: torch.device) -> Iterator[Row]:
+    """GPT-2 124M in bfloat16 on a GPU: ours with and without kernels, and transformers' GPT-2 with and without compile."""
+    config = ModelConfig()
+    batch = 32 if memory(device) >= 100 * 2**30 else 8
+    dtype = torch.bfloat16
+
+    def build() -> GPT:
+        return build_model(config).to(device)
+
+    def plain(inputs: Tensor, targets: Tensor) -> Tensor:
+        with use_backend("torch"):
+            return without(inputs, targets, dtype=dtype)
+
+    ours, without = build(), build()
+    sides = [fusedgpt(ours, dtype), Peer("fusedgpt, plain PyTorch", without, plain)]
+    yield from _compare(sides, batch, config, 20)
+    try:
+        sides = [sides[0], transformers_gpt2(ours, dtype)]
+        yield from _compare(sides, batch, config, 20)[1:]
+        sides[1] = transformers_gpt2(ours, dtype, compiled=True)
+    except ImportError:
+        print("transformers is not installed and left out")
+        return
+    yield from _compare(sides, batch, config, 20)[1:]
+
+
 def _compare(sides: list[Peer], batch: int, config: ModelConfig, rounds: int) -> list[Row]:
     """Rows of sides that start from the same weights; the first side is ours."""
+    device = next(sides[0].model.parameters()).device
     optimizers = [torch.optim.AdamW(side.model.parameters(), lr=1e-4, fused=True) for side in sides]
     times: list[list[float]] = [[] for _ in sides]
     losses: list[list[float]] = [[] for _ in sides]
+    peaks = [0] * len(sides)
     generator = torch.Generator().manual_seed(1)
     for _ in range(rounds):
         tokens = torch.randint(config.vocab_size, (batch, config.context_length + 1), generator=generator)
+        tokens = tokens.to(device)
         for i, side in enumerate(sides):
+            held = _begin(device)
             start = time.perf_counter()
             loss = side.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
             loss.backward()
             torch.nn.utils.clip_grad_norm_(side.model.parameters(), 1.0)
             optimizers[i].step()
             optimizers[i].zero_grad(set_to_none=True)
+            losses[i].append(loss.item())  # waits for the device
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+                peaks[i] = max(peaks[i], torch.cuda.max_memory_allocated(device) - held)
             times[i].append(time.perf_counter() - start)
-            losses[i].append(loss.item())
     for i, side in enumerate(sides):
         if abs(losses[i][0] - losses[0][0]) > LOSS_TOLERANCE * losses[0][0]:
             raise RuntimeError(
                 f"{side.name} computes a loss of {losses[i][0]}, ours is {losses[0][0]}: not comparable"
             )
-    warm = rounds // 10
-    return [
-        Row(
-            name=side.name,
-            milliseconds=1e3 * statistics.median(times[i][warm:]),
-            tokens_per_second=batch * config.context_length / statistics.median(times[i][warm:]),
-            ratio=statistics.median(a / b for a, b in zip(times[i][warm:], times[0][warm:], strict=True)),
-            loss=losses[i][0],
-        )
-        for i, side in enumerate(sides)
-    ]
+    model = sides[0].model
+    parameters = model.num_params(position_embeddings=False) if isinstance(model, GPT) else 0
+    meter = Speedometer(config, parameters, device)
+    warm = max(rounds // 10, 1)
+    rows = []
+    for i, side in enumerate(sides):
+        seconds = statistics.median(times[i][warm:])
+        tokens_per_second = batch * config.context_length / seconds
+        ratio = statistics.median(a / b for a, b in zip(times[i][warm:], times[0][warm:], strict=True))
+        mfu = meter.flops_per_token * tokens_per_second / meter.peak if meter.peak else None
+        gigabytes = peaks[i] / 1e9 if peaks[i] else None
+        rows.append(Row(side.name, 1e3 * seconds, tokens_per_second, ratio, losses[i][0], mfu, gigabytes))
+    return rows
+
+
+def _begin(device: torch.device) -> int:
+    """Start a measurement of memory; returns the bytes in use before it."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _table(rows: list[Row], size: str, batch: int, config: ModelConfig) -> Table:

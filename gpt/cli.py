@@ -1,33 +1,21 @@
-"""The command line: each command is a dataclass whose fields are its flags and whose call does the work elsewhere.
+"""The command line: from argv to a command of `commands.py`, and how it ends.
 
-tyro makes flags and help out of types and docstrings. Nothing heavy (torch, numpy, matplotlib) is imported before a command
-runs: commands import what they call. Mistakes of the user end as one line `error: ...` and exit code 2.
+Mistakes of the user end as one line `error: ...` and exit code 2. Nothing heavy is imported before a command runs.
 """
 
-import ast
 import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
-from itertools import chain, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Union, get_type_hints, is_typeddict
+from typing import Annotated, Any, Union, get_type_hints, is_typeddict
 
 import tyro
-from tyro.conf import (
-    OmitArgPrefixes,
-    Positional,
-    PositionalMetavarFromFieldName,
-    UseAppendAction,
-    arg,
-    subcommand,
-)
+from tyro.conf import Positional, PositionalMetavarFromFieldName, subcommand
 
 from .. import __version__
-from .config import ALIASES, DROPOUT_ALIASES, PRESETS, ModelConfig, RunConfig, TrainConfig, nearest, preset
-from .settings import DEFAULT_PRESET, require_unused, resolve
+from .commands import COMMANDS
+from .config import ALIASES, DROPOUT_ALIASES, nearest
 
 DESCRIPTION = """GPT-2 training on fused Triton kernels, and the same in plain PyTorch on any CPU.
 
@@ -36,350 +24,6 @@ DESCRIPTION = """GPT-2 training on fused Triton kernels, and the same in plain P
     gpt COMMAND --help
 
 With every command, --debug shows where an error came from. `gpt --version` prints the version."""
-
-
-# ---- gpt train: its flags are the fields of ModelConfig and TrainConfig
-
-
-def _flags(config: type, leave_out: Sequence[str] = (), **more: Any) -> Any:
-    """A dictionary type for tyro with the fields of `config`: the parsed one holds the flags that were given, no others.
-
-    The texts are the fields' docstrings, the defaults shown those of the preset that `gpt train` takes by itself.
-    """
-    (definition,) = ast.parse(inspect.getsource(config)).body
-    assert isinstance(definition, ast.ClassDef)
-    texts = {
-        a.target.id: " ".join(b.value.value.split())
-        for a, b in pairwise(definition.body)
-        if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
-        if isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant) and isinstance(b.value.value, str)
-    }
-    defaults = preset(DEFAULT_PRESET).flat()
-    flags = {
-        name: Annotated[kind, arg(help=texts[name], help_behavior_hint=f"(default: {defaults[name]!r})")]
-        for name, kind in get_type_hints(config).items()
-        if name not in leave_out
-    }
-    return TypedDict(f"{config.__name__}Flags", flags | more, total=False)  # type: ignore[operator, misc]
-
-
-if TYPE_CHECKING:
-    ModelFlags = dict[str, Any]
-    TrainFlags = dict[str, Any]
-else:
-    # the vocabulary's size is the tokenizer's
-    ModelFlags = _flags(
-        ModelConfig,
-        leave_out=["vocab_size"],
-        dropout=Annotated[float, arg(help="All three dropout rates at once.", help_behavior_hint="")],
-    )
-    TrainFlags = _flags(TrainConfig)
-
-
-@dataclass
-class Train:
-    """Train a model from text to a run folder.
-
-        gpt train --preset tales
-        gpt train --preset gpt2 --data novel.txt --out runs/novel --batch-size 32
-        gpt train --config runs/novel/config.toml --lr 1e-3 --out runs/novel-2
-        gpt train --resume runs/novel --steps 4000
-
-    Defaults < preset < resumed run < TOML file < flags. Shown: the preset small.
-
-    Names of other implementations work too: --emb-dim, --n-layers, --drop-rate.
-    """
-
-    preset: Annotated[
-        str | None,
-        arg(
-            metavar="NAME",
-            help=f"Where to start from: {', '.join(PRESETS)}.",
-            help_behavior_hint=f"(default: {DEFAULT_PRESET})",
-        ),
-    ] = None
-    config: Annotated[Path | None, arg(metavar="FILE.toml", help_behavior_hint="")] = None
-    """Settings in TOML, in sections [model] and [train] or without sections."""
-    resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
-    """Continue this run in its folder, with its settings."""
-    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET)")] = None
-    """The run folder to make."""
-    model: OmitArgPrefixes[ModelFlags] = field(default_factory=dict)
-    training: OmitArgPrefixes[TrainFlags] = field(default_factory=dict)
-
-    def __call__(self) -> None:
-        settings = resolve(self.model | self.training, self.preset, self.config, self.resume, self.out)
-        from .train.loop import train
-
-        train(settings.config, settings.out, settings.resume, settings.origins)
-
-
-# ---- the other commands
-
-
-@dataclass
-class Generate:
-    """Write text with a trained model.
-
-        gpt generate runs/tales
-        gpt generate runs/novel --prompt "It was" --prompt "She said" --max-tokens 100
-        gpt generate runs/novel --prompt "It was" --num-samples 5 --temperature 0.7 --top-k 50 --seed 1
-
-    One sample of one prompt appears as it is written.
-    """
-
-    run: Positional[Path]
-    """The folder of a run."""
-    prompt: UseAppendAction[tuple[str, ...]] = ()
-    """What to continue; give it again for several. Without it the model begins a document."""
-    max_tokens: int = 200
-    """The most tokens to write."""
-    temperature: float = 0.8
-    """Above 1 more surprising, below 1 more likely text; 0: always the likeliest token."""
-    top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
-    top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
-    repetition_penalty: float = 1.0
-    """Above 1: tokens that occurred already become less likely."""
-    stop: UseAppendAction[tuple[str, ...]] = ()
-    """End a text before this string; give it again for several."""
-    seed: Annotated[
-        int | None, arg(metavar="INT", help_behavior_hint="(default: another text each time)")
-    ] = None
-    """The same seed writes the same text."""
-    num_samples: int = 1
-    """Texts for each prompt."""
-    device: str = "auto"
-    """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
-
-    def __call__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(
-                f"num_samples = {self.num_samples} is not allowed; it takes a whole number from 1 up"
-            )
-        from .generate import generate_text
-        from .train.checkpoint import load_run
-        from .train.device import pick_device, pick_dtype
-
-        device = pick_device(self.device)
-        run = load_run(self.run, device)
-        prompts = [prompt for prompt in self.prompt or ("",) for _ in range(self.num_samples)]
-        opening = iter(prompts)
-
-        def show(row: int, piece: str) -> None:
-            print(next(opening, "") + piece, end="", flush=True)  # the prompt comes first, once
-
-        texts = generate_text(
-            run.model,
-            run.tokenizer,
-            prompts,
-            self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
-            stop=self.stop,
-            seed=self.seed,
-            on_text=show if len(prompts) == 1 else None,
-            dtype=pick_dtype("auto", device),
-        )
-        if len(prompts) == 1:
-            print(next(opening, ""))
-            return
-        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-            print(f"--- {number}\n{prompt}{text}\n")
-
-
-@dataclass
-class Evaluate:
-    """Measure a trained model: loss, perplexity and bits per byte, on tales beside the best possible.
-
-        gpt evaluate runs/tales
-        gpt evaluate runs/novel --data another.txt
-
-    Bits per byte compare models whatever their tokenizers; perplexity does not.
-    """
-
-    run: Positional[Path]
-    """The folder of a run."""
-    data: Annotated[
-        str | None, arg(metavar="SOURCE", help_behavior_hint="(default: the run's validation part)")
-    ] = None
-    """What to score, all of it: whatever `gpt train --data` takes."""
-    device: str = "auto"
-    """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
-
-    def __call__(self) -> None:
-        from .evaluate import evaluate_run
-
-        evaluate_run(self.run, self.data, self.device)
-
-
-@dataclass
-class Tokenize:
-    """Turn text into token shards, which `gpt train --data` reads without tokenising again.
-
-        gpt tokenize texts/ --tokenizer gpt2 --out shards/
-        gpt tokenize novel.txt --tokenizer bpe --vocab-size 2048 --out shards/
-
-    The folder keeps the tokenizer too: `gpt train --data shards/` needs nothing else.
-    """
-
-    source: Positional[str]
-    """A .txt, .jsonl or .parquet file, a folder of them, or one of the names that `gpt train --data` takes."""
-    out: Path
-    """The folder to make."""
-    tokenizer: str = "gpt2"
-    """gpt2, bpe, word, char (the last three are made from the text), or the path of a saved tokenizer."""
-    val_fraction: float = 0.1
-    """Share of the text that is held out for validation."""
-    vocab_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 4096 for bpe)")] = None
-    """Size of a bpe vocabulary, the most words of a word vocabulary."""
-
-    def __call__(self) -> None:
-        require_unused(self.out)
-        from ..data.corpus import open_corpus
-        from ..data.shards import open_shards, tokenize
-        from ..data.tokenizers import make_tokenizer
-
-        corpus = open_corpus(self.source, self.val_fraction)
-        # characters that only the held-out part has could not be encoded otherwise
-        held_out = corpus.val_texts() if self.tokenizer == "char" else ()
-        tokenizer = make_tokenizer(self.tokenizer, chain(corpus.train_texts(), held_out), self.vocab_size)
-        tokenize(corpus, tokenizer, self.out, progress=True)
-        shards = open_shards(self.out, tokenizer)
-        print(
-            f"{self.out}: {shards.train_tokens:,} training and {shards.val_tokens:,} validation tokens, "
-            f"vocabulary {tokenizer.vocab_size:,}\ntrain on them with: gpt train --data {self.out}"
-        )
-
-
-@dataclass
-class Tokenizer:
-    """Train a tokenizer on a text.
-
-        gpt tokenizer train novel.txt --vocab-size 4096 --out tok.json
-        gpt train --data novel.txt --tokenizer tok.json --out runs/novel
-
-    A text that has fewer merges to learn gives a smaller vocabulary.
-    """
-
-    action: Annotated[Positional[Literal["train"]], arg(metavar="train", help_behavior_hint="")]
-    """What to do: train one."""
-    file: Positional[str]
-    """A .txt, .jsonl or .parquet file, a folder of them, or a named text; all of it is used."""
-    out: Path
-    """The file to write."""
-    vocab_size: Annotated[int | None, arg(metavar="INT", help_behavior_hint="(default: 4096 for bpe)")] = None
-    """Size of a bpe vocabulary, the most words of a word vocabulary."""
-    kind: Literal["bpe", "word", "char"] = "bpe"
-    """Byte-level BPE, words and punctuation, or characters."""
-
-    def __call__(self) -> None:
-        if self.out.exists():
-            raise FileExistsError(f"{self.out} exists already and is left alone; choose another --out")
-        from ..data.corpus import open_corpus
-        from ..data.tokenizers import make_tokenizer
-
-        corpus = open_corpus(self.file)
-        texts = chain(corpus.train_texts(), corpus.val_texts())
-        tokenizer = make_tokenizer(self.kind, texts, self.vocab_size)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(self.out)
-        print(f"{self.out}: {self.kind} tokenizer with {tokenizer.vocab_size:,} tokens")
-
-
-@dataclass
-class Plot:
-    """Draw the loss curves of runs, training and validation.
-
-        gpt plot runs/tales
-        gpt plot runs/novel runs/novel-2 --out both.png
-
-    Several runs share one picture.
-    """
-
-    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
-    """Folders of runs."""
-    out: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint="(default: RUN/loss_curve.png)")] = None
-    """The picture to write."""
-
-    def __call__(self) -> None:
-        if not self.runs:
-            raise ValueError("gpt plot takes the folder of a run, or several")
-        from .train.metrics import plot_runs
-
-        print(plot_runs(list(self.runs), self.out))
-
-
-@dataclass
-class Import:
-    """Make a run of a GPT-2 in the format of Hugging Face's transformers.
-
-        gpt import gpt2-folder/ runs/gpt2
-        gpt generate runs/gpt2 --prompt "It was"
-        gpt train --resume runs/gpt2 --data novel.txt --lr 5e-5 --steps 200
-
-    Weights are read from safetensors only; files that need unpickling are not touched.
-    """
-
-    folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """A folder with config.json, model.safetensors and a tokenizer."""
-    run: Positional[Path]
-    """The run folder to make."""
-
-    def __call__(self) -> None:
-        require_unused(self.run)
-        from .huggingface import import_model, import_tokenizer
-        from .train.checkpoint import create_run
-
-        model, tokenizer = import_model(self.folder), import_tokenizer(self.folder)
-        config = RunConfig(model.config, TrainConfig(tokenizer=tokenizer.kind))
-        imported = dict.fromkeys((*asdict(model.config), "tokenizer"), f"import {self.folder}")
-        create_run(self.run, config, model, tokenizer, imported)
-        print(f"{self.run}: {model.num_params():,} parameters")
-
-
-@dataclass
-class Export:
-    """Write a trained model as a folder that Hugging Face's transformers loads.
-
-        gpt export runs/novel novel-hf/ --format hf
-
-    A model with an untied head or norms behind its sub-layers is no GPT-2 and is refused.
-    """
-
-    run: Positional[Path]
-    """The folder of a run."""
-    folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """The folder to make."""
-    format: Literal["hf"] = "hf"
-    """hf: config.json, model.safetensors and the tokenizer, for `from_pretrained`."""
-
-    def __call__(self) -> None:
-        require_unused(self.folder)
-        from .huggingface import export_model
-        from .train.checkpoint import load_run
-
-        run = load_run(self.run)
-        export_model(run.model, run.tokenizer, self.folder)
-        print(f"{self.folder}: step {run.step:,} of {self.run}")
-
-
-# ---- from argv to a command
-
-
-COMMANDS: dict[str, type] = {
-    "train": Train,
-    "generate": Generate,
-    "evaluate": Evaluate,
-    "tokenize": Tokenize,
-    "tokenizer": Tokenizer,
-    "plot": Plot,
-    "import": Import,
-    "export": Export,
-}
 
 
 def parse(argv: Sequence[str]) -> Any:
@@ -458,14 +102,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
+        code = None
         try:
             if words == ["--version"]:
                 print(f"fusedgpt {__version__}")
             else:
-                parse(words)()
+                code = parse(words)()
         finally:  # here, where a reader that went away does no harm, and not at the interpreter's end
             sys.stdout.flush()
-        return 0
+        return code or 0
     except KeyboardInterrupt:  # training has said what it saved
         return 130
     except BrokenPipeError:  # whoever read the output has had enough

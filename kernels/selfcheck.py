@@ -4,6 +4,7 @@
 in the same dtype, and by one unit in the last place of the largest value.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from . import _triton
 from .attention import causal_attention
-from .backend import OPERATORS, choose, use_backend
+from .backend import OPERATORS, choose, requested, use_backend
 from .cross_entropy import linear_cross_entropy
 from .dropout import dropout
 from .embedding import embed
@@ -24,9 +25,10 @@ FIXED_PTXAS = (13, 3)  # earlier ones can miscompile Hopper matmuls whose first 
 
 B, T, C, V = 2, 70, 96, 131  # uneven on purpose
 _Tensors = dict[str, Tensor]
+# the shapes of an operator's floating arguments, a call of it; t also holds "seed", "ids" (B, T) and "targets" (B · T)
+Example = tuple[dict[str, tuple[int, ...]], Callable[[_Tensors], Tensor | tuple[Tensor, ...]]]
 
-# operator: (the shapes of its floating arguments, a call of it; t also holds "seed", "ids" (B, T) and "targets" (B · T))
-EXAMPLES: dict[str, tuple[dict[str, tuple[int, ...]], Callable[[_Tensors], Tensor | tuple[Tensor, ...]]]] = {
+EXAMPLES: dict[str, Example] = {
     "embed": (
         {"wte": (V, C), "wpe": (T, C)},
         lambda t: embed(t["ids"], t["wte"], t["wpe"], 0.1, t["seed"], 1),
@@ -70,6 +72,8 @@ class Check(NamedTuple):
 def check_all(device: torch.device | str, dtype: torch.dtype | None = None) -> list[Check]:
     """Run every operator forward and backward as `auto` would and compare with float64.
 
+    An operator that fails in another way, at its launch for example, is not `ok`, and says so in `reason`.
+
     Args:
         device: where to check.
         dtype: of the activations and parameters, by default bfloat16 on a GPU and float32 elsewhere.
@@ -80,11 +84,27 @@ def check_all(device: torch.device | str, dtype: torch.dtype | None = None) -> l
 
 
 def _check(operator: str, device: torch.device, dtype: torch.dtype) -> Check:
-    backend, reason = choose(operator, torch.empty(1, dtype=dtype, device=device))
-    ours = _run(operator, device, dtype, dtype)
+    backend, reason = requested(), ""
+    try:
+        backend, reason = choose(operator, torch.empty(1, dtype=dtype, device=device))
+        error, tolerance = parity(EXAMPLES[operator], device, dtype)
+    except (
+        Exception
+    ) as failure:  # whatever a compiler, a driver or a launch may throw; the others are still checked
+        line = (str(failure).strip().splitlines() or [""])[0]
+        return Check(operator, backend, f"{type(failure).__name__}: {line}", math.nan, math.nan, False)
+    return Check(operator, backend, reason, error, tolerance, error <= tolerance)
+
+
+def parity(example: Example, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """The error of the output or gradient that comes closest to what it is allowed, and that.
+
+    Both are relative to the largest value of the tensor in float64.
+    """
+    ours = _run(example, device, dtype, dtype)
     with use_backend("torch"):
-        plain = _run(operator, device, dtype, dtype)
-        exact = _run(operator, device, dtype, torch.float64)
+        plain = _run(example, device, dtype, dtype)
+        exact = _run(example, device, dtype, torch.float64)
     worst = (0.0, 1.0)
     for a, b, truth in zip(ours, plain, exact, strict=True):
         largest = truth.abs().max().item()
@@ -92,25 +112,26 @@ def _check(operator: str, device: torch.device, dtype: torch.dtype) -> Check:
         tolerance = 2 * allowed + torch.finfo(a.dtype).eps
         if not error / tolerance <= worst[0] / worst[1]:  # NaN counts as worst
             worst = (error, tolerance)
-    return Check(operator, backend, reason, *worst, worst[0] <= worst[1])
+    return worst
 
 
-def _run(operator: str, device: torch.device, rounded: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
+def _run(example: Example, device: torch.device, rounded: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
     """Outputs and gradients of the example, for values representable in `rounded`, computed in `dtype`."""
-    generator = torch.Generator().manual_seed(0)
-    shapes, call = EXAMPLES[operator]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(rounded).to(dtype)
+
+    shapes, call = example
     tensors: _Tensors = {
         "seed": torch.tensor([1234567890123], device=device),
-        "ids": torch.randint(V, (B, T), generator=generator).to(device),
-        "targets": torch.randint(V - 3, (B * T,), generator=generator).to(device),
+        "ids": torch.randint(V, (B, T), generator=generator, device=device),
+        "targets": torch.randint(V - 3, (B * T,), generator=generator, device=device),
     }
-    inputs = {
-        name: torch.randn(shape, generator=generator).to(device, rounded).to(dtype).requires_grad_()
-        for name, shape in shapes.items()
-    }
+    inputs = {name: drawn(shape, dtype).requires_grad_() for name, shape in shapes.items()}
     result = call(tensors | inputs)
     outputs = result if isinstance(result, tuple) else (result,)
-    incoming = [torch.randn(y.shape, generator=generator).to(device, rounded).to(y.dtype) for y in outputs]
+    incoming = [drawn(y.shape, y.dtype) for y in outputs]
     return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, list(inputs.values()), incoming)]
 
 

@@ -10,6 +10,14 @@ import torch
 from .step import DTYPES
 
 
+def find_gpu() -> tuple[bool, str | None]:
+    """Whether torch can use a GPU and, where one is present that it cannot use, why, with the remedy."""
+    with warnings.catch_warnings(record=True) as said:  # torch says here why a driver does not serve
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    return available, None if available else _lost_gpu([str(w.message) for w in said])
+
+
 def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" is a GPU where one works and the CPU otherwise.
 
@@ -18,12 +26,10 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: there is no such device here.
     """
-    with warnings.catch_warnings(record=True) as said:  # torch says here why a driver does not serve
-        warnings.simplefilter("always")
-        available = torch.cuda.is_available()
     if name == "auto":
-        if not available and (obstacle := _lost_gpu([str(w.message) for w in said])):
-            print(f"warning: this machine has a GPU that is not used: {obstacle}", file=sys.stderr)
+        available, lost = find_gpu()
+        if lost:
+            print(f"warning: this machine has a GPU that is not used: {lost}", file=sys.stderr)
         return torch.device("cuda" if available else "cpu")
     try:
         device = torch.device(name)
@@ -31,10 +37,12 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(
             f"device {name!r} is none that torch knows; take auto, cpu, cuda or cuda:N"
         ) from None
-    if device.type == "cuda" and (not available or (device.index or 0) >= torch.cuda.device_count()):
+    if device.type == "cuda":
+        available, lost = find_gpu()
         found = torch.cuda.device_count() if available else 0
-        why = _lost_gpu([str(w.message) for w in said]) or f"torch finds {found} CUDA devices here"
-        raise ValueError(f"device {name!r} cannot be used: {why}; --device auto takes what there is")
+        if (device.index or 0) >= found:
+            why = lost or f"torch finds {found} CUDA devices here"
+            raise ValueError(f"device {name!r} cannot be used: {why}; --device auto takes what there is")
     return device
 
 

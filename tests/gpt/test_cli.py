@@ -43,6 +43,7 @@ FLAGS = {
     "plot": {"out"},
     "import": set(),
     "export": {"format"},
+    "doctor": {"device"},
 }
 
 

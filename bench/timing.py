@@ -1,0 +1,108 @@
+"""How times are taken: sides that take turns, medians, device events, and inputs too many for the cache to keep."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ..gpt.doctor import driver
+from ..gpt.train.device import find_gpu
+from ..kernels import _triton
+from ..kernels.backend import unusable
+from ..kernels.selfcheck import ptxas_version
+from ..kernels.tiles import hardware
+
+Call = Callable[[int], object]  # does the work once, on the inputs of that round
+
+_BURST = 5  # rounds that are queued on a device at once
+_HEAD_START = (
+    20_000_000  # clock cycles, about 10 ms: the host queues a burst meanwhile, so no launch is waited for
+)
+
+
+def medians(calls: Sequence[Call], device: torch.device, rounds: int, warm_up: int = 3) -> list[float]:
+    """The median time of each call in milliseconds. They take turns, so a machine whose speed drifts favours none."""
+    samples: list[list[float]] = [[] for _ in calls]
+    for i in range(warm_up):
+        for call in calls:
+            call(i)
+    if device.type != "cuda":
+        for i in range(rounds):
+            for call, times in zip(calls, samples, strict=True):
+                start = time.perf_counter()
+                call(i)
+                times.append(1e3 * (time.perf_counter() - start))
+        return [statistics.median(times) for times in samples]
+
+    with torch.cuda.device(device):
+        for first in range(0, rounds, _BURST):
+            torch.cuda.synchronize()
+            torch.cuda._sleep(_HEAD_START)
+            marks = []
+            for i in range(first, min(first + _BURST, rounds)):
+                for call, times in zip(calls, samples, strict=True):
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    call(i)
+                    end.record()
+                    marks.append((times, begin, end))
+            torch.cuda.synchronize()
+            for times, begin, end in marks:
+                times.append(begin.elapsed_time(end))
+    return [statistics.median(times) for times in samples]
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second, read and written together, of copying a tensor far larger than the caches."""
+    size = min(2**30, memory(device) // 8) if device.type == "cuda" else 2**26
+    tensors = [torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(2)]
+    (milliseconds,) = medians([lambda _: tensors[0].copy_(tensors[1])], device, 20)
+    return 2 * size / milliseconds * 1e3
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that a GPU has."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
+def full_rows(device: torch.device) -> int:
+    """Rows of a full-size test: GPT-2's 64 x 1024 tokens, or an eighth of that on a small GPU."""
+    return 65536 if memory(device) >= 40 * 2**30 else 8192
+
+
+def require_gpu() -> torch.device:
+    """The GPU to measure on.
+
+    Raises:
+        ValueError: there is none that Triton's kernels can run on; the message says why.
+    """
+    available, lost = find_gpu()
+    if not available:
+        raise ValueError(f"this needs a GPU: {lost or 'there is none here'}")
+    if _triton.MISSING is not None:
+        raise ValueError(f"this needs Triton: {_triton.MISSING}")
+    if _triton.INTERPRETED:
+        raise ValueError("this needs compiled kernels; unset TRITON_INTERPRET")
+    device = torch.device("cuda", torch.cuda.current_device())
+    if obstacle := unusable(device):
+        raise ValueError(f"this needs a GPU that Triton kernels run on: {obstacle}")
+    return device
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """What a result depends on: the device and the software under it."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    if _triton.MISSING is None:
+        found["triton"] = _triton.triton.__version__
+    if device.type != "cuda":
+        return {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", **found}
+    ptxas = ptxas_version(hardware(device).architecture)
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": driver(),
+        **found,
+        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
+        **({"ptxas": ptxas} if ptxas else {}),
+    }

@@ -1,0 +1,107 @@
+"""What this machine will run: versions, device and compilers, and every operator checked against float64.
+
+`gpt doctor` prints it. It works without a GPU and without Triton, and says what they would need.
+"""
+
+import platform
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import torch
+
+from .. import __version__
+from ..kernels import _triton
+from ..kernels.backend import missing_tools, requested
+from ..kernels.selfcheck import FIXED_PTXAS, Check, check_all, may_miscompile, ptxas_version
+from ..kernels.tiles import hardware
+from .train.device import find_gpu, pick_device
+
+
+def examine(device_name: str = "auto") -> bool:
+    """Print what this machine has and how every operator does on it; returns whether all of them are right.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    device = pick_device(device_name)
+    for name, fact in facts(device):
+        print(f"{name:<10}{fact}")
+    print()
+    checks = check_all(device)
+    print("\n".join(table(checks)))
+    wrong = [check.operator for check in checks if not check.ok]
+    if wrong:
+        print(
+            f"\n{len(wrong)} of {len(checks)} operators fail here: {', '.join(wrong)}. Do not train with them; "
+            "FUSEDGPT_BACKEND=torch runs everything in plain PyTorch."
+        )
+    else:
+        print(f"\nall {len(checks)} operators are right")
+    return not wrong
+
+
+def facts(device: torch.device) -> Iterator[tuple[str, str]]:
+    """What the machine has, as (name, value), and what is missing or doubtful."""
+    yield "fusedgpt", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+    yield (
+        "torch",
+        f"{torch.__version__}, built for {toolkit if torch.version.hip or torch.version.cuda else 'CPUs'}",
+    )
+    if _triton.MISSING is None:
+        yield "triton", _triton.triton.__version__ + (", interpreted" if _triton.INTERPRETED else "")
+    else:
+        yield "triton", f"none ({_triton.MISSING}): no fused kernels; pip install triton"
+
+    architecture = "sm_90"  # the one whose compiler matters
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        if not _triton.INTERPRETED:
+            architecture = hardware(device).architecture
+        yield (
+            "device",
+            f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {architecture}; driver {driver()}",
+        )
+    else:
+        yield "device", f"{device}, {torch.get_num_threads()} threads"
+        if lost := find_gpu()[1]:
+            yield "GPU", f"LOST: {lost}"
+        else:
+            yield "GPU", "none"
+    if (ptxas := ptxas_version(architecture)) is not None:
+        fixed = ".".join(map(str, FIXED_PTXAS))
+        doubt = (
+            f": can miscompile matmuls on Hopper (Triton issue 9433), so the check below matters; fixed in {fixed}, "
+            "TRITON_PTXAS_PATH names another"
+        )
+        yield (
+            "ptxas",
+            f"{ptxas} for {architecture}" + (doubt if may_miscompile(architecture, ptxas) else ""),
+        )
+    missing = missing_tools()
+    yield (
+        "launcher",
+        "; ".join(missing) + ": a GPU needs it" if missing else "C compiler and Python headers are there",
+    )
+    yield "backend", requested()
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, or "unknown"."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else "unknown"
+
+
+def table(checks: list[Check]) -> list[str]:
+    """The lines of a table: each operator, what runs it, its error beside what is allowed, and why that backend."""
+    lines = [("operator", "runs in", "error", "allowed", "", "because")]
+    for check in checks:
+        runs_in = {"triton": "Triton", "torch": "PyTorch"}.get(check.backend, check.backend)
+        error, allowed = f"{check.error:.1e}", f"{check.tolerance:.1e}"
+        lines.append((check.operator, runs_in, error, allowed, "ok" if check.ok else "WRONG", check.reason))
+    return ["{:<22}{:<9}{:>8}{:>9}  {:<7}{}".format(*line).rstrip() for line in lines]

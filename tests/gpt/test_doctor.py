@@ -1,0 +1,123 @@
+"""`gpt doctor`: what it says of a machine, and that a wrong operator is not passed over."""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fusedgpt.gpt import doctor
+from fusedgpt.gpt.cli import main
+from fusedgpt.gpt.train import device as devices
+from fusedgpt.kernels import selfcheck
+from fusedgpt.kernels.backend import OPERATORS
+
+CPU = torch.device("cpu")
+
+
+def test_every_operator_is_checked_and_right(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    for operator in OPERATORS:
+        (line,) = [line for line in out.splitlines() if line.startswith(f"{operator} ")]
+        assert line.split()[1] == "PyTorch"
+        assert line.split()[4] == "ok"
+    for word in (torch.__version__, "python", "ptxas", "device    cpu", f"all {len(OPERATORS)} operators"):
+        assert word in out
+
+
+def test_a_wrong_operator_is_named_and_the_exit_code_is_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shapes, call = selfcheck.EXAMPLES["layer_norm"]
+
+    def off(t: dict[str, torch.Tensor]) -> torch.Tensor:
+        y = call(t)
+        return y * 1.001 if y.dtype == torch.float32 and selfcheck.requested() == "auto" else y
+
+    monkeypatch.setitem(selfcheck.EXAMPLES, "layer_norm", (shapes, off))
+    assert main(["doctor", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert [line.split()[0] for line in out.splitlines() if "WRONG" in line] == ["layer_norm"]
+    assert f"1 of {len(OPERATORS)} operators fail here: layer_norm." in out
+
+
+def test_an_operator_that_cannot_start_does_not_hide_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise RuntimeError("no launch\nand more")
+
+    monkeypatch.setitem(selfcheck.EXAMPLES, "embed", ({}, fail))
+    assert main(["doctor", "--device", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "RuntimeError: no launch" in out
+    assert "and more" not in out
+    assert out.count(" ok ") == len(OPERATORS) - 1
+
+
+def test_a_forced_backend_that_cannot_run_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FUSEDGPT_BACKEND", "triton")
+    assert main(["doctor", "--device", "cpu"]) == 1
+    assert "linear: the triton backend was asked for but cannot run" in capsys.readouterr().out
+
+
+def test_it_works_without_triton() -> None:
+    code = """
+import sys
+
+class NoTriton:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoTriton())
+from fusedgpt.gpt.cli import main
+sys.exit(main(["doctor", "--device", "cpu"]))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "triton    none (No module named 'triton')" in done.stdout
+    assert "operators are right" in done.stdout
+
+
+def test_what_is_missing_and_what_is_doubtful(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "missing_tools", lambda: ["there is no C compiler"])
+    monkeypatch.setattr(doctor, "ptxas_version", lambda architecture: "12.8")
+    facts = dict(doctor.facts(CPU))
+    assert "there is no C compiler" in facts["launcher"]
+    assert facts["ptxas"].startswith("12.8 for sm_90: can miscompile")
+    monkeypatch.setattr(doctor, "ptxas_version", lambda architecture: "13.4")
+    assert dict(doctor.facts(CPU))["ptxas"] == "13.4 for sm_90"
+
+
+def test_a_gpu_that_cannot_be_used_is_not_lost_silently(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    listed = SimpleNamespace(returncode=0, stdout="GPU 0: NVIDIA H200 (UUID: GPU-1)\n")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices.shutil, "which", lambda _: "/bin/nvidia-smi")
+    monkeypatch.setattr(devices.subprocess, "run", lambda *_, **__: listed)
+    assert "LOST: GPU 0: NVIDIA H200; torch" in dict(doctor.facts(CPU))["GPU"]
+    assert devices.pick_device("auto").type == "cpu"
+    assert "has a GPU that is not used: GPU 0: NVIDIA H200" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="cannot be used: GPU 0: NVIDIA H200"):
+        devices.pick_device("cuda")
+
+
+def test_a_device_beyond_those_there_are_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert devices.pick_device("cuda:0") == torch.device("cuda:0")
+    with pytest.raises(ValueError, match="'cuda:1' cannot be used: torch finds 1 CUDA devices here"):
+        devices.pick_device("cuda:1")
+
+
+def test_an_unknown_device_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--device", "gpu"]) == 2
+    assert "device 'gpu' is none that torch knows" in capsys.readouterr().err

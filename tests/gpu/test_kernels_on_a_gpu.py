@@ -1,0 +1,176 @@
+"""What only a GPU can show of the kernels: CUDA graphs, compiled code under torch.compile, huge tensors, full sizes.
+
+`make gpu` runs these, as `make test` does where there is a GPU. `tests/kernels` has the rest, which runs anywhere.
+"""
+
+import pytest
+import torch
+
+from fusedgpt.bench.gpu import DTYPES, full_size
+from fusedgpt.bench.timing import full_rows
+from fusedgpt.kernels import add_layer_norm, dropout, layer_norm, use_backend
+from fusedgpt.kernels._triton import INTERPRETED
+from fusedgpt.kernels.backend import TRITON_OPERATORS
+from fusedgpt.kernels.dropout import _words, keep_mask
+from fusedgpt.kernels.selfcheck import EXAMPLES, parity
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that Triton compiles for"
+)
+
+GPU = torch.device("cuda")
+BF16 = torch.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def kernels_only():
+    with use_backend("triton"):
+        yield
+    torch.cuda.empty_cache()
+
+
+def leaf(*shape: int, dtype: torch.dtype = BF16) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, device=GPU, requires_grad=True)
+
+
+def seed(value: int) -> torch.Tensor:
+    return torch.tensor([value], device=GPU)
+
+
+def captured(work) -> tuple[torch.cuda.CUDAGraph, list[torch.Tensor]]:
+    """A graph of `work()`, after the warm-up that capturing wants, and the tensors that each replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = work()
+    return graph, results
+
+
+def test_each_replay_of_a_cuda_graph_draws_the_mask_of_its_seed() -> None:
+    counter = seed(0)
+    x = torch.ones(64, 200, device=GPU, requires_grad=True)
+
+    def work() -> list[torch.Tensor]:
+        y = dropout(x, 0.5, counter, 3)
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        counter.add_(1)
+        return [y, dx]
+
+    graph, results = captured(work)
+    counter.fill_(40)
+    for step in range(3):
+        graph.replay()
+        expected = 2.0 * keep_mask(seed(40 + step), 3, 64, 200, 0.5)
+        assert all(torch.equal(result, expected) for result in results)
+
+
+def test_add_layer_norm_in_a_cuda_graph_is_that_outside() -> None:
+    counter = seed(0)
+    tensors = [leaf(300, 768), leaf(300, 768), *(leaf(768, dtype=torch.float32) for _ in range(3))]
+    x, residual, weight, bias, x_bias = tensors
+    incoming = [torch.randn(300, 768, device=GPU, dtype=BF16) for _ in range(2)]
+
+    def work() -> list[torch.Tensor]:
+        outputs = add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, counter, 2, x_bias)
+        gradients = torch.autograd.grad(outputs, tensors, incoming)
+        counter.add_(1)
+        return [*outputs, *gradients]
+
+    graph, results = captured(work)
+    for start in (7, 8):
+        counter.fill_(start)
+        graph.replay()
+        replayed = [result.detach().clone() for result in results]
+        counter.fill_(start)
+        assert all(torch.equal(a, b) for a, b in zip(replayed, work(), strict=True))
+
+
+OPCHECK = [
+    ("dropout", lambda: (leaf(33, 70), 0.3, seed(1), 1)),
+    ("layer_norm", lambda: (leaf(33, 768), leaf(768, dtype=torch.float32), None, 1e-5, BF16)),
+    ("layer_norm", lambda: (leaf(3, 9001), leaf(9001), leaf(9001), 1e-5, torch.float32)),
+    (
+        "add_layer_norm",
+        lambda: (
+            *(leaf(33, 768), leaf(33, 768, dtype=torch.float32), leaf(768), leaf(768), leaf(768)),
+            *(1e-5, 0.2, seed(1), 3),
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments"), OPCHECK)
+def test_opcheck_in_bfloat16(name: str, arguments) -> None:
+    torch.library.opcheck(getattr(torch.ops.fusedgpt, name).default, arguments())
+
+
+def test_opcheck_knows_every_operator() -> None:
+    assert {name for name, _ in OPCHECK} == TRITON_OPERATORS
+
+
+@pytest.mark.parametrize("operator", sorted(TRITON_OPERATORS))
+def test_inductor_compiles_one_graph_with_the_same_results(operator: str) -> None:
+    shapes, call = EXAMPLES[operator]
+    inputs = {name: leaf(*shape) for name, shape in shapes.items()}
+    extra = {"seed": seed(9), "ids": torch.randint(100, (2, 70), device=GPU)}
+    extra["targets"] = torch.randint(100, (140,), device=GPU)
+
+    def results(function) -> list[torch.Tensor]:
+        outputs = function(inputs | extra)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        incoming = [torch.ones_like(y) for y in outputs]
+        return [*outputs, *torch.autograd.grad(outputs, list(inputs.values()), incoming)]
+
+    compiled = results(torch.compile(call, fullgraph=True))
+    assert all(torch.equal(a, b) for a, b in zip(compiled, results(call), strict=True))
+
+
+class TestMoreThan2To31Elements:
+    ROWS, COLUMNS = 2**21 + 3, 1024
+
+    @pytest.fixture(autouse=True)
+    def room(self) -> None:
+        free, _ = torch.cuda.mem_get_info()
+        if free < 30 * 2**30:
+            pytest.skip(f"needs 30 GiB of GPU memory, {free / 2**30:.0f} GiB are free")
+
+    def test_layer_norm(self) -> None:
+        x, weight, bias = leaf(self.ROWS, self.COLUMNS), leaf(self.COLUMNS), leaf(self.COLUMNS)
+        incoming = torch.randn(self.ROWS, self.COLUMNS, device=GPU, dtype=BF16)
+        y = layer_norm(x, weight, bias)
+        (dx,) = torch.autograd.grad(y, x, incoming)
+        tail = x.detach()[-5:].clone().requires_grad_()
+        y_tail = layer_norm(tail, weight, bias)
+        torch.testing.assert_close(y[-5:], y_tail)
+        torch.testing.assert_close(dx[-5:], torch.autograd.grad(y_tail, tail, incoming[-5:])[0])
+
+    def test_dropout(self) -> None:
+        y = dropout(torch.ones(self.ROWS, self.COLUMNS, device=GPU, dtype=BF16), 0.5, seed(3), 1)
+        row = torch.arange(self.ROWS - 5, self.ROWS, device=GPU)[:, None]
+        words = _words(seed(3), 1, torch.zeros_like(row), row, torch.arange(self.COLUMNS, device=GPU))
+        assert torch.equal(y[-5:] != 0, words >= 2**31)
+
+
+def test_the_same_bits_twice_at_the_size_of_training() -> None:
+    rows = full_rows(GPU)
+    tensors = [leaf(rows, 768), leaf(rows, 768), leaf(768), leaf(768), leaf(768)]
+    x, residual, weight, bias, x_bias = tensors
+    incoming = [torch.randn(rows, 768, device=GPU, dtype=BF16) for _ in range(2)]
+
+    def run() -> list[torch.Tensor]:
+        outputs = add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, seed(2), 1, x_bias)
+        return [*outputs, *torch.autograd.grad(outputs, tensors, incoming)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("operator", sorted(TRITON_OPERATORS))
+def test_parity_at_full_size(operator: str, dtype: torch.dtype) -> None:
+    for name, example in full_size(operator, full_rows(GPU)).items():
+        error, allowed = parity(example, GPU, dtype)
+        assert error <= allowed, name
