@@ -261,6 +261,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cooldown_fraction": 0.6,
         "weight_decay": 0.0,
         "eval_interval": 200,
+        "sample_tokens": 160,
         "min_accepted": 0.3,
     },
     "small": {
@@ -291,8 +292,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tie_weights": False,
         "epochs": 10.0,
         "batch_size": 2,
-        "lr": 2e-3,
+        "optimizer": "muon",
+        "lr": 6e-3,
+        "muon_lr": 0.03,
+        "schedule": "constant",
         "warmup_steps": 10,
+        "log_interval": 5,
         "eval_interval": 5,
     },
     "shakespeare-char": {

@@ -233,7 +233,7 @@ def evaluate(session: Session, train_loss: float | None) -> None:
         record["best_possible"] = session.floor
     session.log.write(record)
     session.display.evaluation(record)
-    if warning := overfitting(session.log.history):
+    if (warning := overfitting(session.log.history)) and not overfitting(session.log.history[:-1]):
         session.display.say(warning)
     if not session.config.train.sample_interval:
         sample(session)
