@@ -33,11 +33,11 @@ train: $(LINK)/fusedgpt
 	$(PYTHON) -m fusedgpt.gpt train --preset tales --out runs/tales $(ARGS)
 
 test: $(LINK)/fusedgpt
-	$(prepare) test
+	$(prepare) test parquet
 	$(PYTHON) -m pytest $(ARGS)
 
 check: $(LINK)/fusedgpt
-	$(prepare) test
+	$(prepare) test parquet
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy -p fusedgpt.gpt -p fusedgpt.data -p fusedgpt.kernels
@@ -47,7 +47,7 @@ bench: $(LINK)/fusedgpt
 	$(PYTHON) -m fusedgpt.bench step $(ARGS)
 
 gpu: $(LINK)/fusedgpt
-	$(prepare) test
+	$(prepare) test parquet
 	$(PYTHON) -m fusedgpt.bench gpu $(ARGS)
 
 # ARGS="--json FILE" writes it as JSON too

@@ -29,12 +29,10 @@ os.environ["PYTHONSAFEPATH"] = "1"
 
 if not _gpu_present():
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ["TRITON_DEFAULT_FP_FUSION"] = (
-    "1"  # Triton 3.10 changes the default: the same arithmetic on either side of it
-)
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the tests' tensors are small, and the bits must not depend on the core count
+# Triton 3.10 changes this default: the same arithmetic on either side of it.
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
+# The tests' tensors are small, and the bits must not depend on the core count.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is a mistake: it shall fail at once
 
 if (SHARED / "tokenizer").is_dir():

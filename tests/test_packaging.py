@@ -4,7 +4,7 @@ Six environments of their own, cheap because each sees the libraries of the runn
 a copy of the checkout, so that nothing is written into it and nothing left there from an earlier build gets in.
 """
 
-import importlib.metadata
+import importlib.util
 import os
 import shutil
 import subprocess

@@ -159,12 +159,23 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
             )
             step, best = min(validation, key=lambda point: point[1])
             axes.annotate(
-                f"{best:.3f}", (step, best), (0, -14), textcoords="offset points", ha="center", color=colour
+                f"{best:.3f}", (step, best), (0, 8), textcoords="offset points", ha="center", color=colour
             )
         floor = next((r["best_possible"] for r in reversed(records) if "best_possible" in r), None)
         if floor is not None:
             axes.axhline(floor, color=colour, ls=":", label=f"{label}best possible {floor:.3f}")
     axes.set(xlabel="step", ylabel="loss, nats a token", title=", ".join(run.name for run in runs))
+    low, high = axes.dataLim.intervaly
+    if high > 5 * low > 0:  # else the first steps take all the room
+        axes.set_yscale("log")
+        ticks = [
+            tick
+            for decade in (0.1, 1.0, 10.0)
+            for tick in (decade, 1.5 * decade, 2 * decade, 3 * decade, 5 * decade, 7 * decade)
+        ]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.set_ylim(0.9 * low, 1.1 * high)
     axes.grid(alpha=0.25)
     axes.legend()
     out = out or runs[0] / "loss_curve.png"
