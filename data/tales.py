@@ -25,10 +25,11 @@ name): a small model copies the right word far sooner when no other word of the 
 import math
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from itertools import count
+from itertools import count, islice
 from typing import TypeAlias
 
 TABLES = {
@@ -418,3 +419,15 @@ class TaleGrammar:
 
 TALES = TaleGrammar(TABLES, RULES)
 sample, log_prob, accepts, stream = TALES.sample, TALES.log_prob, TALES.accepts, TALES.stream
+
+
+def main() -> None:
+    """`python -m fusedgpt.data.tales 3000` prints that many tales, a line each."""
+    if len(sys.argv) != 2 or not sys.argv[1].isdecimal():
+        sys.exit("usage: python -m fusedgpt.data.tales NUMBER > tales.txt")
+    for tale in islice(stream(seed=0), int(sys.argv[1])):
+        print(tale)
+
+
+if __name__ == "__main__":
+    main()

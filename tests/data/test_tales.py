@@ -315,3 +315,10 @@ def test_a_wrong_grammar_is_named(tables, rules, message):
 def test_module_functions_are_those_of_the_default_grammar():
     assert tales.sample(5) == TALES.sample(5)
     assert next(tales.stream(5, 7)) == next(TALES.stream(5, 7))
+
+
+def test_the_module_prints_tales() -> None:
+    command = [sys.executable, "-m", "fusedgpt.data.tales"]
+    printed = subprocess.run([*command, "3"], capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines() == list(islice(stream(0), 3))
+    assert subprocess.run([*command, "x"], capture_output=True, check=False).returncode == 1
