@@ -121,6 +121,10 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     optimizers = build_optimizers(model, config.train)
     checkpoint = latest_checkpoint(out) if resume else None
     state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0}
+    if state["step"] >= config.train.steps:
+        raise ValueError(
+            f"{out} has done its {state['step']:,} steps; go on with --steps and a larger number"
+        )
     if checkpoint:
         load_model(model, checkpoint)
         load_optimizers(model, optimizers, checkpoint)

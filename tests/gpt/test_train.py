@@ -188,6 +188,13 @@ def test_damaged_files_are_named(config, tmp_path):
         load_run(run)
 
 
+def test_resuming_a_finished_run_asks_for_more_steps(config, tmp_path):
+    run = tmp_path / "run"
+    train(config, run)
+    with pytest.raises(ValueError, match="has done its 12 steps"):
+        train(config, run, resume=True)
+
+
 def test_epochs_set_the_number_of_steps(config, tmp_path):
     run = tmp_path / "run"
     train(with_train(config, epochs=2.0, batch_size=10), run)
