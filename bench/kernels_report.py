@@ -26,7 +26,10 @@ from ..kernels.selfcheck import ptxas_version
 from ..kernels.tiles import Case
 
 # A file with kernels joins here and lists its cases in `compile_cases`.
-SOURCES = [import_module(f"..kernels.{name}", __package__) for name in ("dropout", "layer_norm_kernels")]
+SOURCES = [
+    import_module(f"..kernels.{name}", __package__)
+    for name in ("dropout", "layer_norm_kernels", "attention_kernels")
+]
 
 # name: (Triton's backend, its architecture, lanes of a warp, bytes of shared memory a program may take)
 ARCHITECTURES: dict[str, tuple[str, int | str, int, int]] = {

@@ -31,7 +31,8 @@ OPERATORS = (
     "linear_cross_entropy",
     "dropout",
 )
-TRITON_OPERATORS = frozenset({"layer_norm", "add_layer_norm", "dropout"})  # an operator joins with its kernel
+# an operator joins with its kernel
+TRITON_OPERATORS = frozenset({"layer_norm", "add_layer_norm", "attention", "dropout"})
 MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU: bfloat16 arithmetic and asynchronous copies
 
 # A plain global: Dynamo cannot trace a ContextVar, and autograd's own threads, which recompute checkpointed blocks,
@@ -73,8 +74,10 @@ def _known(name: str, origin: str) -> str:
     return name
 
 
-def choose(operator: str, x: Tensor, *others: Tensor | None) -> Choice:
+def choose(operator: str, x: Tensor, *others: Tensor | None, obstacle: str | None = None) -> Choice:
     """The backend for one call of `operator` on x and the other tensors, with the reason as half a sentence.
+
+    obstacle: what the operator itself sees in its kernel's way, such as a shape.
 
     Raises:
         RuntimeError: "triton" was forced and cannot run here.
@@ -82,7 +85,7 @@ def choose(operator: str, x: Tensor, *others: Tensor | None) -> Choice:
     wanted = requested()
     if wanted == "torch":
         return Choice("torch", "it was asked for")
-    obstacle = _obstacle(operator, wanted, x, others)
+    obstacle = _obstacle(operator, wanted, x, others) or obstacle
     if obstacle is None:
         return Choice(
             "triton", "it was asked for" if wanted == "triton" else f"{x.device.type} tensors have a kernel"

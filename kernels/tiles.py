@@ -91,6 +91,44 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 }
 
 
+# Attention: limit is a head's width, rows are queries, block is keys. "any" is for the tensor cores of Ampere and Ada
+# and stays below the 99 KiB of shared memory of consumer GPUs. sm_90 forward: with 64 queries a tile, 12 × 64 heads of
+# 1024 would fetch 1.8 GB of keys and values, with 128 half of that; 128 × 64 with 4 warps takes 254 registers and spills
+# with dropout. float32 multiplies without tensor cores, from registers: heads wider than 64 spill at any tile.
+ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 32, 128, 8, 2, 0, _OFFLINE)),
+    "sm_90": (Tile(64, 128, 128, 8, 2, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
+    "sm_100": (Tile(128, 64, 128, 8, 2, 0, _OFFLINE),),
+    "gfx942": (Tile(64, 32, 128, 4, 2, 0, _OFFLINE), Tile(128, 32, 128, 8, 2, 0, _OFFLINE)),
+    "float32": (Tile(64, 32, 32, 4, 1, 0, _OFFLINE),),
+    "interpreter": (Tile(128, 16, 32, 1, 1, 0, ""),),
+}
+ATTENTION_QUERY: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 32, 64, 4, 2, 0, _OFFLINE)),
+    "sm_90": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 64, 128, 8, 2, 0, _OFFLINE)),
+    "sm_100": (Tile(128, 64, 128, 8, 2, 0, _OFFLINE),),
+    "gfx942": (Tile(128, 32, 64, 4, 2, 0, _OFFLINE),),
+    "float32": (Tile(64, 32, 32, 8, 1, 0, _OFFLINE),),
+    "interpreter": (Tile(128, 32, 16, 1, 1, 0, ""),),
+}
+ATTENTION_KEY: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(64, 64, 32, 4, 2, 0, _OFFLINE), Tile(128, 64, 32, 8, 2, 0, _OFFLINE)),
+    "sm_90": (Tile(64, 128, 64, 8, 3, 0, _OFFLINE), Tile(128, 128, 32, 8, 2, 0, _OFFLINE)),
+    "sm_100": (Tile(128, 128, 64, 8, 2, 0, _OFFLINE),),
+    "gfx942": (Tile(64, 64, 16, 4, 2, 0, _OFFLINE), Tile(128, 64, 16, 8, 2, 0, _OFFLINE)),
+    "float32": (Tile(64, 32, 16, 4, 1, 0, _OFFLINE),),
+    "interpreter": (Tile(128, 32, 16, 1, 1, 0, ""),),
+}
+
+
+def attention_tile(
+    table: dict[str, tuple[Tile, ...]], architecture: str, head_dim: int, float32: bool
+) -> Tile:
+    """The row for a head's width."""
+    name = "float32" if float32 and architecture != "interpreter" else architecture
+    return next(row for row in table.get(name, table["any"]) if head_dim <= row.limit)
+
+
 def select(table: dict[str, tuple[Tile, ...]], architecture: str, columns: int) -> Tile:
     """The row for a width, cut down to the power of two that holds it."""
     tile = next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)

@@ -25,12 +25,37 @@ def flat(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 F32, F16 = torch.float32, torch.float16
+FIRST = torch.tensor([[0, 0, 2], [1, 3, 0]], dtype=torch.int32, device=DEVICE)
 ARGUMENTS = [
     ("dropout", (leaf(3, 5), 0.3, SEED, 1)),
     ("layer_norm", (leaf(2, 3, 5), leaf(5), leaf(5), 1e-5, F32)),
     ("layer_norm", (leaf(2, 140, dtype=F16), leaf(140), None, 1e-5, F32)),
     ("add_layer_norm", (leaf(3, 5), leaf(3, 5), leaf(5), leaf(5), leaf(5), 1e-5, 0.2, SEED, 3)),
     ("add_layer_norm", (leaf(3, 140, dtype=F16), leaf(3, 140), leaf(140), None, None, 1e-5, 0.0, None, 0)),
+    ("attention", (*(leaf(2, 5, 3, 4) for _ in range(3)), None, 0.0, None, 0, 0.5, True)),
+    (
+        "attention",
+        (
+            leaf(2, 3, 1, 16, dtype=F16),
+            *(leaf(2, 18, 1, 16, dtype=F16) for _ in range(2)),
+            FIRST,
+            0.1,
+            SEED,
+            3,
+            0.25,
+            False,
+        ),
+    ),
+    ("packed_attention", (leaf(2, 3, 3 * 8), 2, FIRST, 0.1, SEED, 3, 0.5, True)),
+    ("packed_attention", (leaf(2, 17, 3 * 16, dtype=F16), 1, None, 0.0, None, 0, 0.25, True)),
+    (
+        "attention_backward",
+        (*(flat(2, 5, 3, 4) for _ in range(5)), flat(2, 3, 5), None, 0.1, SEED, 0, 0.5, True),
+    ),
+    (
+        "packed_attention_backward",
+        (flat(2, 3, 8), flat(2, 3, 24), flat(2, 3, 8), flat(2, 2, 3), 2, FIRST, 0.0, None, 0, 0.5, True),
+    ),
     (
         "layer_norm_backward",
         (flat(3, 5), None, flat(3, 5), flat(5), flat(2, 3), 0.0, None, 0, F32, True, False, False),

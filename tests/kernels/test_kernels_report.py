@@ -16,9 +16,12 @@ pytest.importorskip("triton")
 
 from fusedgpt.bench.kernels_report import ARCHITECTURES, Row, faults, uncovered
 
+ELSEWHERE = ["sm_80", "sm_100", "gfx942"]
+
 
 @pytest.mark.parametrize(
-    ("architectures", "word"), [(["sm_90"], ""), (["sm_80", "sm_100", "gfx942"], "C=768")]
+    ("architectures", "word"),
+    [(["sm_90"], ""), (ELSEWHERE, "C=768"), (ELSEWHERE, "bf16 D=64 dropout")],
 )
 def test_no_faults(architectures: list[str], word: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fusedgpt.kernels import add_layer_norm, dropout, layer_norm, use_backend
+from fusedgpt.kernels import add_layer_norm, causal_attention, dropout, layer_norm, use_backend
 from fusedgpt.kernels.backend import _triton
 
 pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="only the interpreter can be watched")
@@ -90,3 +90,20 @@ def test_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
         dropout(x, 0.1, torch.tensor([1]))
     programs = ROWS * 128 // 4096  # tiles of 128 columns
     assert sum(forward) == 2 * TENSOR * 2 + programs * 8
+
+
+def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, heads, length, head_dim = 2, 3, 96, 16
+    tensor = batch * heads * length * head_dim * 2  # bytes of q, k, v, the output or a gradient
+    kept = batch * heads * length * 4  # of the log-sum-exp
+    # three tiles of 32 queries or keys see one, two and three thirds of the other side: nothing beyond the diagonal
+    walked = 2
+    qkv = leaf(batch, length, 3 * heads * head_dim)
+    with moved(monkeypatch) as forward:
+        out = causal_attention(qkv, heads)
+    assert sum(forward) == (1 + 2 * walked + 1) * tensor + kept
+    with moved(monkeypatch) as backward:
+        out.backward(torch.ones_like(out))
+    queries = (3 + 2 * 2 * walked + 1) * tensor + 2 * kept  # in tiles of 16: twice as many walk as far
+    keys = (2 + 2 * walked + 2) * tensor + 2 * walked * kept
+    assert sum(backward) == queries + keys
