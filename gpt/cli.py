@@ -98,8 +98,6 @@ def _as_flag(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (by default the process's own) and return the exit code: 2 for a mistake of the user."""
-    # OpenMP's threads wait by spinning otherwise: beside one other busy process on two cores a step takes 6 times as long
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
