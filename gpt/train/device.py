@@ -1,5 +1,6 @@
 """Which device and dtype a run computes on, and a loud word where a GPU is present but cannot be used."""
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -71,3 +72,16 @@ def _lost_gpu(said: list[str]) -> str | None:
         else f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot start it"
     )
     return f"{gpu}; {reason} Update the driver, or install a torch for its CUDA version"
+
+
+def keep_freed_memory() -> None:
+    """Let the process keep the memory that a training step frees, for the next step.
+
+    glibc gives large blocks back to the kernel, which then clears every page of them again: on two cores a step of
+    24 x 160 tokens takes 74 ms instead of 104. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks up to 32 MiB, the most it takes, come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end stays
+        mallopt(-2, 64 << 20)  # M_TOP_PAD: and which grows by 64 MiB at a time

@@ -40,7 +40,7 @@ from .checkpoint import (
     save_checkpoint,
     start_run,
 )
-from .device import pick_device, pick_dtype
+from .device import keep_freed_memory, pick_device, pick_dtype
 from .display import Display, program
 from .metrics import MetricsLog, Speedometer, overfitting, peak_memory, plot_runs
 from .step import TrainStep
@@ -99,6 +99,8 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     """Text to tokens, tokens to batches; model, optimizers and log, new or from the newest checkpoint."""
     display = Display()
     device = pick_device(config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     tokenizer = load_tokenizer(out / "tokenizer.json") if resume else build_tokenizer(config.train)
     if resume:
         require_fit(tokenizer, config.model, out)
