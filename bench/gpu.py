@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import add_layer_norm, dropout, layer_norm, use_backend
+from ..kernels import add_layer_norm, causal_attention, dropout, layer_norm, use_backend
 from ..kernels.backend import TRITON_OPERATORS
 from ..kernels.selfcheck import Example, parity
 from . import ops
@@ -49,10 +49,19 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
             t["x"], t["residual"], t["weight"], t["bias"], 1e-5, p, t["seed"], 2, t["x_bias"]
         )
 
+    def heads(length: int, width: int, p: float) -> Example:
+        shapes = {"qkv": (4, length, 3 * width)}  # the float64 side holds the T x T matrices of all heads
+        return shapes, lambda t: causal_attention(t["qkv"], width // 64, p, t["seed"], 1)
+
     widths = (768, 1024, 1280, 1600)
     examples: dict[str, dict[str, Example]] = {
         "layer_norm": {f"{rows} x {c}": norm(c) for c in widths},
         "add_layer_norm": {f"{rows} x {c}, p = {p}": add(c, p) for c in widths for p in (0.0, 0.1)},
+        "attention": {
+            f"4 x {t} x 3 x {c}, p = {p}": heads(t, c, p)
+            for t, c in ((1024, 768), (777, 1600))
+            for p in (0.0, 0.1)
+        },
         "dropout": {f"{rows} x 768": ({"x": (rows, 768)}, lambda t: dropout(t["x"], 0.1, t["seed"], 4))},
     }
     return examples[operator]
