@@ -4,7 +4,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -42,7 +42,15 @@ from .checkpoint import (
 )
 from .device import keep_freed_memory, pick_device, pick_dtype
 from .display import Display, program
-from .metrics import MetricsLog, Speedometer, overfitting, peak_memory, plot_runs
+from .metrics import (
+    MetricsLog,
+    Speedometer,
+    open_trackers,
+    overfitting,
+    peak_memory,
+    plot_runs,
+    require_trackers,
+)
 from .step import TrainStep
 
 
@@ -85,7 +93,7 @@ def train(
     """
     with use_backend(config.train.backend):
         session = prepare(config, out, resume, origins or {})
-        with _interruption() as interrupted, session.display:
+        with _interruption() as interrupted, session.display, closing(session.log):
             run_steps(session, interrupted)
         if interrupted:
             session.display.say(
@@ -97,6 +105,7 @@ def train(
 
 def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, str]) -> Session:
     """Text to tokens, tokens to batches; model, optimizers and log, new or from the newest checkpoint."""
+    require_trackers(config.train)
     display = Display()
     device = pick_device(config.train.device)
     if device.type == "cpu":
@@ -141,7 +150,7 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     if not resume:
         start_run(out, tokenizer)
     write_config(out / "config.toml", config, {**origins, **settled})
-    log = MetricsLog(out / "metrics.jsonl", state["step"])
+    log = MetricsLog(out / "metrics.jsonl", state["step"], open_trackers(config, out))
     is_tales = split_name(config.train.data)[0] == "tales"
     floor = tales_floor(validation_tales(config.train.eval_windows), tokenizer) if is_tales else None
     display.start(config, model, loader, shards, device, state["step"])
@@ -291,7 +300,6 @@ def finite(loss: float, session: Session) -> float:
 def finish(session: Session) -> None:
     """Draw the curve, say how good the model is and what can be done with it."""
     settings = session.config.train
-    session.log.close()
     report: TalesReport | None = None
     if session.floor is not None:
         report = evaluate_tales(session.model, session.tokenizer, session.step.dtype)

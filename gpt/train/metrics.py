@@ -1,16 +1,17 @@
 """What a run tells about itself: its record in metrics.jsonl, its speed, signs of overfitting, and its picture."""
 
+import importlib.util
 import json
 import os
 import resource
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from ..config import ModelConfig
+from ..config import ModelConfig, RunConfig, TrainConfig
 
 # Dense bf16 peaks in FLOP/s, from the vendors' datasheets. The longest name that a device's contains counts.
 PEAK_FLOPS = {
@@ -38,7 +39,8 @@ class MetricsLog:
     where a run is continued from an earlier step, the records of later steps.
     """
 
-    def __init__(self, path: Path, step: int = 0) -> None:
+    def __init__(self, path: Path, step: int = 0, trackers: Iterable["Tracker"] = ()) -> None:
+        self.trackers = tuple(trackers)
         kept = [record for record in read_metrics(path) if record["step"] <= step]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -50,9 +52,70 @@ class MetricsLog:
         self.history.append(record)
         os.write(self._descriptor, (json.dumps(record) + "\n").encode())
         os.fsync(self._descriptor)
+        for tracker in self.trackers:
+            tracker.write(record)
 
     def close(self) -> None:
         os.close(self._descriptor)
+        for tracker in self.trackers:
+            tracker.close()
+
+
+class Tracker(Protocol):
+    """Where records go besides metrics.jsonl."""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in the run's folder, for `tensorboard --logdir runs`."""
+
+    def __init__(self, out: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(out / "tensorboard")
+
+    def write(self, record: dict[str, Any]) -> None:
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandB:
+    """A run of Weights & Biases in the project fusedgpt, named like the run's folder."""
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        import wandb
+
+        self._run = wandb.init(project="fusedgpt", name=out.name, dir=str(out), config=settings)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._run.log(record, step=record["step"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def require_trackers(settings: TrainConfig) -> None:
+    """Raise ValueError where a tracker is asked for that is not installed."""
+    for name in ("tensorboard", "wandb"):
+        if getattr(settings, name) and importlib.util.find_spec(name) is None:
+            raise ValueError(f"--{name} needs a package: pip install 'fusedgpt[{name}]'")
+
+
+def open_trackers(config: RunConfig, out: Path) -> list[Tracker]:
+    """The trackers that the settings ask for."""
+    trackers: list[Tracker] = []
+    if config.train.tensorboard:
+        trackers.append(TensorBoard(out))
+    if config.train.wandb:
+        trackers.append(WandB(out, config.flat()))
+    return trackers
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

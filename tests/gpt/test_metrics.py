@@ -1,13 +1,23 @@
 """The record of a run: crash safety, speed, overfitting and the picture."""
 
 import json
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
-from fusedgpt.gpt.config import ModelConfig, preset
+from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig, preset
 from fusedgpt.gpt.model import GPT
-from fusedgpt.gpt.train.metrics import MetricsLog, Speedometer, overfitting, plot_runs, read_metrics
+from fusedgpt.gpt.train.metrics import (
+    MetricsLog,
+    Speedometer,
+    open_trackers,
+    overfitting,
+    plot_runs,
+    read_metrics,
+    require_trackers,
+)
 
 
 def test_a_line_cut_off_by_a_crash_is_dropped_and_the_log_goes_on(tmp_path):
@@ -86,3 +96,38 @@ def test_nothing_to_plot_is_an_error_that_names_the_run(tmp_path, content, error
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(error, match=str(tmp_path)):
         plot_runs([tmp_path])
+
+
+def tracking(**which):
+    return RunConfig(ModelConfig(), TrainConfig(**which))
+
+
+def test_tensorboard_and_wandb_get_every_record(tmp_path, monkeypatch):
+    calls = []
+    writer = SimpleNamespace(
+        add_scalar=lambda *args: calls.append(args), close=lambda: calls.append("closed")
+    )
+    board = ModuleType("torch.utils.tensorboard")
+    board.SummaryWriter = lambda folder: calls.append(folder) or writer
+    run = SimpleNamespace(
+        log=lambda record, step: calls.append((record, step)), finish=lambda: calls.append("finished")
+    )
+    wandb = ModuleType("wandb")
+    wandb.init = lambda **settings: calls.append(settings["config"]["lr"]) or run
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    trackers = open_trackers(tracking(tensorboard=True, wandb=True, lr=0.5), tmp_path)
+    log = MetricsLog(tmp_path / "metrics.jsonl", trackers=trackers)
+    log.write({"step": 3, "loss": 2.0})
+    log.close()
+    record = {"step": 3, "loss": 2.0}
+    assert calls == [tmp_path / "tensorboard", 0.5, ("loss", 2.0, 3), (record, 3), "closed", "finished"]
+    assert open_trackers(tracking(), tmp_path) == []
+
+
+@pytest.mark.parametrize("flag", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_names_the_extra(monkeypatch, flag):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=rf"fusedgpt\[{flag}\]"):
+        require_trackers(TrainConfig(**{flag: True}))
+    require_trackers(TrainConfig())
