@@ -1,0 +1,63 @@
+"""The model trained on either backend: the same losses within rounding, and with dropout the same masks.
+
+Operators without a Triton kernel run in PyTorch on both sides.
+"""
+
+import pytest
+import torch
+
+from fusedgpt.gpt import model as model_module
+from fusedgpt.gpt.config import ModelConfig, TrainConfig
+from fusedgpt.gpt.model import GPT
+from fusedgpt.gpt.optim import build_optimizers
+from fusedgpt.gpt.train.step import TrainStep
+from fusedgpt.kernels import use_backend
+from fusedgpt.kernels.backend import TRITON_OPERATORS
+
+pytest.importorskip("triton")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RENAMED = {"attention": "causal_attention"}
+
+
+def losses(steps: int) -> list[float]:
+    torch.manual_seed(0)
+    shape = ModelConfig(
+        40, context_length=9, n_layer=1, n_head=1, n_embd=16, attn_dropout=0.1, resid_dropout=0.1
+    )
+    model = GPT(shape).to(DEVICE)
+    tokens = torch.arange(400, device=DEVICE) ** 2 % 37
+
+    def batches():
+        generator = torch.Generator().manual_seed(1)
+        while True:
+            starts = torch.randint(390, (1,), generator=generator).tolist()
+            rows = torch.stack([tokens[start : start + 10] for start in starts])
+            yield rows[:, :-1], rows[:, 1:]
+
+    settings = TrainConfig(steps=steps, batch_size=1, lr=1e-2, warmup_steps=5, dtype="float32")
+    step = TrainStep(model, build_optimizers(model, settings), batches(), settings)
+    return [step()[0].item() for _ in range(steps)]
+
+
+def test_two_hundred_steps_give_the_same_losses_on_either_backend(monkeypatch):
+    with use_backend("torch"):
+        plain = losses(200)
+    ran = set()
+
+    def on_triton(name, function):
+        def call(*args, **kwargs):
+            ran.add(name)
+            with use_backend("triton"):
+                return function(*args, **kwargs)
+
+        return call
+
+    for operator in TRITON_OPERATORS:
+        name = RENAMED.get(operator, operator)
+        if hasattr(model_module, name):
+            monkeypatch.setattr(model_module, name, on_triton(name, getattr(model_module, name)))
+    fused = losses(200)
+    assert ran >= {"layer_norm", "add_layer_norm", "causal_attention"}
+    assert plain[-1] < 0.75 * plain[0], "it learns, so the losses say something"
+    assert fused == pytest.approx(plain, rel=2e-3)
+    assert fused[0] == pytest.approx(plain[0], rel=1e-6), "another mask would show at once"
