@@ -190,8 +190,8 @@ def without_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def _autocasts(x: Tensor) -> bool:
-    device = x.device.type  # not every device has autocast: meta tensors know none
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # meta tensors know no autocast; torch.amp.is_autocast_available would say so, but Dynamo cannot trace it before 2.12
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
 _library = torch.library.Library("fusedgpt", "DEF")
