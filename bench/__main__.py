@@ -53,9 +53,18 @@ def _parser() -> argparse.ArgumentParser:
         "--nanogpt", dest="nanogpt_folder", type=Path, metavar="DIR", help="a clone to compare with"
     )
 
-    ops = commands.add_parser("ops", help="every operator that has a kernel beside its peers")
+    ops = commands.add_parser(
+        "ops", help="every operator beside its peers: times, memory, share of the limit"
+    )
+    ops.add_argument("names", nargs="*", metavar="NAME", help="operators, such as attention (default: all)")
     ops.add_argument("--device", dest="device_name", default="auto", help="auto, cpu, cuda, cuda:N")
     ops.add_argument("--rounds", type=int, default=30, help="timings of each side (default: 30)")
+    ops.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="for operators.png and attention.png (default: of --out)",
+    )
 
     tiles = commands.add_parser(
         "tiles", help="sweep tile sizes on this GPU; prints rows for kernels/tiles.py"
@@ -66,11 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     tiles.add_argument("--rounds", type=int, default=10, help="timings of each candidate (default: 10)")
     tiles.add_argument("--seconds", type=float, default=500, help="to spend in all (default: 500)")
 
-    for command, widths in ((ops, ()), (tiles, (768, 1024, 1280, 1600))):
-        command.add_argument("--rows", type=int, metavar="M", help="(default: 65536 on a GPU)")
-        command.add_argument(
-            "--widths", type=int, nargs="+", metavar="C", default=widths, help="(default: those of GPT-2)"
-        )
+    tiles.add_argument("--rows", type=int, metavar="M", help="(default: 65536)")
+    tiles.add_argument(
+        "--widths",
+        type=int,
+        nargs="+",
+        metavar="C",
+        default=(768, 1024, 1280, 1600),
+        help="(default: those of GPT-2)",
+    )
     gpu = commands.add_parser("gpu", help="all that only a GPU can show, within eight minutes")
     for command, kind in ((step, "JSON"), (ops, "JSON"), (gpu, "FOLDER")):
         command.add_argument("--out", type=Path, metavar=kind, help="also write the figures there as JSON")

@@ -26,7 +26,8 @@ from ..kernels import add_layer_norm, causal_attention, dropout, layer_norm, use
 from ..kernels.backend import TRITON_OPERATORS
 from ..kernels.selfcheck import Example, parity
 from . import ops
-from .timing import copy_bandwidth, full_rows, require_gpu, versions
+from .record import commit
+from .timing import full_rows, require_gpu, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -140,9 +141,10 @@ def sanitizer_verdict(text: str) -> Record:
 
 def time_operators() -> Iterator[Record]:
     device = require_gpu()
-    copy = copy_bandwidth(device)
-    yield {"copy bandwidth": copy}
-    for row in ops.measure(device, copy):
+    most = ops.ceilings(device)
+    yield {"ceilings": most._asdict()}
+    # the last operator begun, its peers' compilation included, may take what remains of the part's time
+    for row in ops.measure(device, most, rounds=20, seconds=PARTS["operators"].seconds - 20):
         yield asdict(row)
 
 
@@ -242,7 +244,8 @@ def wrong(name: str, part: Record) -> bool:
 
 def summary(record: Record) -> Iterator[str]:
     """A short table: what each part found, what is wrong, and the times."""
-    yield " · ".join([*(f"{name} {value}" for name, value in record["versions"].items()), record["commit"]])
+    about = (f"{name} {value}" for name, value in record["versions"].items())
+    yield " · ".join([*about, record["commit"] or "outside a clone"])
     for name, part in record["parts"].items():
         rows = part["rows"]
         judged = [row for row in rows if "ok" in row]
@@ -255,34 +258,11 @@ def summary(record: Record) -> Iterator[str]:
                 yield "    WRONG " + ", ".join(f"{key} {value}" for key, value in row.items() if key != "ok")
             elif "left out" in row:
                 yield f"    left out: {row.get('test', row.get('check', ''))} {row['left out']}"
-    for row in record["parts"].get("operators", {}).get("rows", []):
-        if row.get("side") == ops.OURS and row["milliseconds"]:
-            rivals = [r for r in record["parts"]["operators"]["rows"] if _same_work(r, row)]
-            best = min((r for r in rivals if r["ratio"]), key=lambda r: r["ratio"], default=None)
-            text = f"; best peer {best['side']} takes {best['ratio']:.2f} of that" if best else ""
-            shape = f"{row['operator']} {row['shape'][0]} x {row['shape'][1]} {row['direction']}"
-            yield f"{shape:<52}{row['milliseconds']:.3f} ms, {row['share']:.0%} of the copy bandwidth{text}"
+    yield from ops.summary(record["parts"].get("operators", {}).get("rows", []))
     for row in record["parts"].get("step", {}).get("rows", []):
         mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
         speed = f"{row['milliseconds']:.1f} ms, {row['tokens_per_second']:,.0f} tokens/s{mfu}"
         yield f"step {row['name']:<40}{speed}, {row['gigabytes']:.1f} GB, {row['ratio']:.2f} of ours"
-
-
-def _same_work(other: Record, row: Record) -> bool:
-    keys = ("operator", "shape", "direction")
-    return all(other.get(key) == row[key] for key in keys) and other["side"] != row["side"]
-
-
-def commit() -> str:
-    """The commit measured, with a + where files differ from it; "unknown" outside a clone."""
-    if shutil.which("git") is None or not (ROOT / ".git").exists():
-        return "unknown"
-    git = ["git", "-C", str(ROOT)]
-    head = subprocess.run(
-        [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=False
-    )
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
-    return (head.stdout.strip() or "unknown") + ("+" if changed.stdout.strip() else "")
 
 
 def main(name: str, file: str) -> None:

@@ -62,6 +62,14 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * size / milliseconds * 1e3
 
 
+def matmul_rate(device: torch.device) -> float:
+    """FLOPs a second of a large square matmul: bfloat16 on a GPU, float32 on a CPU."""
+    size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    (milliseconds,) = medians([lambda _: torch.mm(a, b)], device, 20)
+    return 2 * size**3 / milliseconds * 1e3
+
+
 def memory(device: torch.device) -> int:
     """Bytes of memory that a GPU has."""
     return torch.cuda.get_device_properties(device).total_memory

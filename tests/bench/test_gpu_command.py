@@ -164,29 +164,31 @@ def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_part_of_the_operators_and_its_lines(a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(device: torch.device, copy: float) -> Iterator[gpu.ops.Row]:
+    asked = {}
+
+    def measure(device: torch.device, most: gpu.ops.Ceilings, **options) -> Iterator[gpu.ops.Row]:
+        asked.update(options)
         for side, milliseconds in (("fusedgpt", 0.1), ("slow", 0.3), ("fast", 0.05)):
             yield gpu.ops.Row(
                 "layer_norm",
-                (8, 5),
-                "bfloat16",
-                "forward",
+                "M 8, forward",
                 side,
-                1e-3,
-                milliseconds,
-                1.0,
-                0.9,
-                milliseconds / 0.1,
+                milliseconds=milliseconds,
+                ratio=milliseconds / 0.1,
+                share=0.9,
             )
+        yield gpu.ops.Row("dropout", "M 8", "all sides", note="left out: 80 s were over")
 
     monkeypatch.setattr(gpu.ops, "measure", measure)
-    monkeypatch.setattr(gpu, "copy_bandwidth", lambda device: 4e12)
+    monkeypatch.setattr(gpu.ops, "ceilings", lambda device: gpu.ops.Ceilings(4e12, 7e14))
     rows = list(gpu.time_operators())
-    assert rows[0] == {"copy bandwidth": 4e12}
+    assert asked["seconds"] < gpu.PARTS["operators"].seconds, "it stops by itself before it is stopped"
+    assert rows[0] == {"ceilings": {"copy": 4e12, "matmul": 7e14}}
     part = {"seconds": 1, "rows": json.loads(json.dumps(rows))}
-    lines = list(gpu.summary({"versions": {}, "commit": "x", "parts": {"operators": part}}))
-    assert "layer_norm 8 x 5 forward" in lines[-1]
-    assert lines[-1].endswith("0.100 ms, 90% of the copy bandwidth; best peer fast takes 0.50 of that")
+    lines = list(gpu.summary({"versions": {}, "commit": None, "parts": {"operators": part}}))
+    assert lines[-1].startswith("layer_norm M 8, forward")
+    assert lines[-1].endswith("0.100 ms, 90% of the limit; best peer fast takes 0.50 of that")
+    assert lines[-2].endswith("dropout M 8, all sides: left out: 80 s were over")
 
 
 def test_out_in_the_environment(a_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,9 +19,7 @@ def git(folder: Path, *words: str) -> None:
     subprocess.run(["git", *who, "-C", str(folder), *words], check=True, capture_output=True)
 
 
-def test_the_commit_and_whether_files_differ_from_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_and_whether_files_differ_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record, "ROOT", tmp_path)
     assert record.commit() is None, "outside a clone"
     git(tmp_path, "init", "-q")
