@@ -33,10 +33,12 @@ class Drawn(NamedTuple):
         """The largest relative error of outputs and gradients; infinite where the share of what is kept is off."""
         inputs = [self.cut(t.detach()).clone().requires_grad_() for t in leaves]
         torch.manual_seed(0)
-        kept = self.kept(tensors(call(*self.show(inputs))))
-        shown = self.drawn(kept).double()
-        sigma = math.sqrt(self.p * (1 - self.p) / shown.numel())
-        if abs(shown.mean().item() - (1 - self.p)) > 5 * sigma + 1 / 256:  # some quantise p to eight bits
+        # with gradients, for a compiler makes another program without
+        shown = [t.detach().requires_grad_() for t in self.show(inputs)]
+        kept = self.kept(tensors(call(*shown)))
+        drawn = self.drawn(kept).double()
+        sigma = math.sqrt(self.p * (1 - self.p) / drawn.numel())
+        if abs(drawn.mean().item() - (1 - self.p)) > 5 * sigma + 1 / 256:  # some quantise p to eight bits
             return math.inf
         torch.manual_seed(0)
         outputs = tensors(call(*inputs))

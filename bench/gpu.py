@@ -26,7 +26,7 @@ from ..kernels import add_layer_norm, causal_attention, dropout, layer_norm, use
 from ..kernels.backend import TRITON_OPERATORS
 from ..kernels.selfcheck import Example, parity
 from . import ops
-from .record import commit
+from .record import clocks, commit
 from .timing import full_rows, require_gpu, versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,10 +142,11 @@ def sanitizer_verdict(text: str) -> Record:
 def time_operators() -> Iterator[Record]:
     device = require_gpu()
     most = ops.ceilings(device)
-    yield {"ceilings": most._asdict()}
+    yield {"ceilings": most._asdict(), "clocks": clocks(device)}
     # the last operator begun, its peers' compilation included, may take what remains of the part's time
     for row in ops.measure(device, most, rounds=20, seconds=PARTS["operators"].seconds - 20):
         yield asdict(row)
+    yield {"clocks": clocks(device)}
 
 
 def time_step() -> Iterator[Record]:

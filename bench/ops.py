@@ -103,9 +103,8 @@ def run_ops(
         raise ValueError(f"no operator is called {', '.join(sorted(unknown))}; there are {', '.join(NAMES)}")
     device = pick_device(device_name)
     about = record.machine(device)
-    print(
-        " · ".join([*(f"{name} {value}" for name, value in about["versions"].items()), about["commit"] or ""])
-    )
+    facts = [f"{name} {value}" for name, value in about["versions"].items()]
+    print(" · ".join([*facts, about["commit"] or "outside a clone"]))
     before, most = record.clocks(device), ceilings(device)
     print(f"copy {most.copy / 1e9:,.0f} GB/s, read and written; matmul {most.matmul / 1e12:,.2f} TFLOP/s")
     heads = ("", "forward ms", "backward", "both", "to ours", "of limit", "peak GiB", "error")
@@ -163,10 +162,12 @@ def block(rows: Sequence[Row]) -> Iterator[str]:
         sides.setdefault(row.side, {})[row.direction] = row
     for side, found in sides.items():
         notes = {row.note for row in found.values() if row.note}
-        last = next((found[d] for d in (BOTH, "forward") if d in found and found[d].milliseconds), None)
+        last = next((found[d] for d in (BOTH, FORWARD) if d in found and found[d].milliseconds), None)
         if last is None:
-            yield f"    {side:<32}{'; '.join(notes)}"
+            yield f"    {side:<32}{'; '.join(sorted(notes))}"
             continue
+        if last.direction == FORWARD:
+            notes.add("forward alone")
         times = [f"{found[d].milliseconds or math.nan:.3f}" if d in found else "" for d in DIRECTIONS]
         yield COLUMNS.format(
             f"    {side}",
@@ -175,15 +176,16 @@ def block(rows: Sequence[Row]) -> Iterator[str]:
             "" if last.share is None else f"{last.share:.0%}",
             "" if last.peak_memory is None else f"{last.peak_memory / 2**30:.2f}",
             "" if last.error is None else f"{last.error:.0e}",
-        ) + "".join(f"  {note}" for note in notes)
+        ) + "".join(f"  {note}" for note in sorted(notes))
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A line for each case out of a record's rows: our time, its share of the limit, and the best peer."""
+    """A line for each work out of a record's rows: our time for both directions, its share of the limit, the best peer."""
     cases: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row.get("milliseconds"):
-            cases.setdefault((row["name"], row["case"]), []).append(row)
+            if row["direction"] == BOTH:
+                cases.setdefault((row["name"], row["case"]), []).append(row)
         elif row.get("note"):
             yield f"    {row['name']} {row['case']}, {row['side']}: {row['note']}"
     for (name, case), timed in cases.items():

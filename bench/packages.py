@@ -1,12 +1,12 @@
 """The peers that are packages of their own, each optional and named with its version.
 
-A loader returns what a `Side` takes, or None, with a word once, where the package is not installed. One that is installed
-and fails later, at its first call for example, is reported with its error and keeps no other side from being timed.
+A loader returns what a `Side` takes, or None where the peer has no such operator, is not installed or cannot be imported; the
+latter with a word, once. One that fails later, at its first call for example, is reported with its error by who calls it.
 """
 
 from collections.abc import Callable
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from functools import cache, wraps
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,17 +14,30 @@ from torch import Tensor
 
 EPS = 1e-5
 Peer = dict[str, Any]  # the fields of a Side
+Load = Callable[..., Peer | None]
+
+
+def optional(package: str, name: str = "{}") -> Callable[[Load], Load]:
+    """A loader whose imports may fail. name: of the side, with {} for the package and its version."""
+
+    def decorate(load: Load) -> Load:
+        @wraps(load)
+        def loaded(*args: Any) -> Peer | None:
+            try:
+                peer = load(*args)
+                return peer and {"name": name.format(f"{package} {version(package)}"), **peer}
+            except Exception as error:  # a package for GPUs may fail in any way where it finds none
+                left_out(package, str(error))
+                return None
+
+        return loaded
+
+    return decorate
 
 
 @cache
-def installed(package: str, module: str) -> str | None:
-    """The package's name with its version; None, with a word, where it cannot be imported."""
-    try:
-        __import__(module)
-        return f"{package} {version(package)}"
-    except (ImportError, PackageNotFoundError, OSError) as error:
-        print(f"{package} is left out: {error}")
-        return None
+def left_out(package: str, why: str) -> None:
+    print(f"{package} is left out: {why}")
 
 
 def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,73 +50,69 @@ def heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
 # ---- LayerNorm
 
 
-def liger_norm() -> Peer | None:
-    if (name := installed("liger-kernel", "liger_kernel.transformers.functional")) is None:
-        return None
+@optional("liger-kernel")
+def liger_norm() -> Peer:
     from liger_kernel.transformers.functional import liger_layer_norm
 
-    return {"name": name, "call": lambda x, w, b: liger_layer_norm(x, w, b, EPS)}
+    return {"call": lambda x, w, b: liger_layer_norm(x, w, b, EPS)}
 
 
-def liger_add_norm() -> Peer | None:
-    if (peer := liger_norm()) is None:
-        return None
+@optional("liger-kernel", "{} after an add")
+def liger_add_norm() -> Peer:
+    from liger_kernel.transformers.functional import liger_layer_norm
 
     def call(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         h = x + residual
-        return peer["call"](h, weight, bias), h
+        return liger_layer_norm(h, weight, bias, EPS), h
 
-    return {"name": f"{peer['name']} after an add", "call": call}
+    return {"call": call}
 
 
-def quack_norm() -> Peer | None:
+@optional("quack-kernels")
+def quack_norm() -> Peer:
     """Forward only: its layer norm has no backward."""
-    if (name := installed("quack-kernels", "quack.rmsnorm")) is None:
-        return None
     from quack.rmsnorm import layernorm_fwd
 
     def call(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return layernorm_fwd(x.detach(), weight.detach(), bias.detach(), eps=EPS)
 
-    return {"name": name, "call": call, "masters": True, "backward": False}
+    return {"call": call, "masters": True, "backward": False}
 
 
 # ---- the head and its loss
 
 
-def liger_loss() -> Peer | None:
-    if (name := installed("liger-kernel", "liger_kernel.transformers.functional")) is None:
-        return None
+@optional("liger-kernel")
+def liger_loss() -> Peer:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return {"name": name, "call": liger_fused_linear_cross_entropy}
+    return {"call": liger_fused_linear_cross_entropy}
 
 
-def cut_cross_entropy() -> Peer | None:
-    if (name := installed("cut-cross-entropy", "cut_cross_entropy")) is None:
-        return None
+@optional("cut-cross-entropy")
+def cut_cross_entropy() -> Peer:
     from cut_cross_entropy import linear_cross_entropy
 
-    return {"name": name, "call": linear_cross_entropy}
+    return {"call": linear_cross_entropy}
 
 
-def quack_loss() -> Peer | None:
+@optional("quack-kernels", "{}, untuned")
+def quack_loss() -> Peer:
     """Without its autotuning, which takes longer than all the rest."""
-    if (name := installed("quack-kernels", "quack.linear_cross_entropy")) is None:
-        return None
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
     def call(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         return chunked_linear_cross_entropy(x, weight, targets, tuned=False)
 
-    return {"name": f"{name}, untuned", "call": call}
+    return {"call": call}
 
 
 # ---- attention
 
 
+@optional("torch", "FlexAttention, compiled")
 def flex(n_head: int, p: float) -> Peer | None:
-    """FlexAttention, compiled, its mask of blocks made once. It has no dropout."""
+    """Its mask of blocks is made once. It has no dropout."""
     if p:
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -122,24 +131,24 @@ def flex(n_head: int, p: float) -> Peer | None:
         y = compiled(q, k, v, block_mask=causal(qkv.shape[1], qkv.device))
         return y.transpose(1, 2).flatten(2)
 
-    return {"name": "FlexAttention, compiled", "call": call}
+    return {"call": call}
 
 
-def flash_2(n_head: int, p: float) -> Peer | None:
-    if (name := installed("flash-attn", "flash_attn.flash_attn_interface")) is None:
-        return None
+@optional("flash-attn")
+def flash_2(n_head: int, p: float) -> Peer:
     from flash_attn import flash_attn_qkvpacked_func
 
     def call(qkv: Tensor) -> Tensor:
         packed = qkv.unflatten(2, (3, n_head, -1))
         return flash_attn_qkvpacked_func(packed, dropout_p=p, causal=True).flatten(2)
 
-    return {"name": name, "call": call, "draws": p > 0}
+    return {"call": call, "draws": p > 0}
 
 
+@optional("flash-attn-4")
 def flash_4(n_head: int, p: float) -> Peer | None:
-    """FlashAttention 4 (CuTe), which has no dropout."""
-    if p or (name := installed("flash-attn-4", "flash_attn.cute")) is None:
+    """The one in CuTe, which has no dropout."""
+    if p:
         return None
     from flash_attn.cute import flash_attn_func
 
@@ -148,4 +157,4 @@ def flash_4(n_head: int, p: float) -> Peer | None:
         y = flash_attn_func(q, k, v, causal=True)
         return (y[0] if isinstance(y, tuple) else y).flatten(2)
 
-    return {"name": name, "call": call}
+    return {"call": call}

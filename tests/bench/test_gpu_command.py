@@ -171,8 +171,9 @@ def test_the_part_of_the_operators_and_its_lines(a_gpu: None, monkeypatch: pytes
         for side, milliseconds in (("fusedgpt", 0.1), ("slow", 0.3), ("fast", 0.05)):
             yield gpu.ops.Row(
                 "layer_norm",
-                "M 8, forward",
+                "M 8, both",
                 side,
+                gpu.ops.BOTH,
                 milliseconds=milliseconds,
                 ratio=milliseconds / 0.1,
                 share=0.9,
@@ -183,10 +184,10 @@ def test_the_part_of_the_operators_and_its_lines(a_gpu: None, monkeypatch: pytes
     monkeypatch.setattr(gpu.ops, "ceilings", lambda device: gpu.ops.Ceilings(4e12, 7e14))
     rows = list(gpu.time_operators())
     assert asked["seconds"] < gpu.PARTS["operators"].seconds, "it stops by itself before it is stopped"
-    assert rows[0] == {"ceilings": {"copy": 4e12, "matmul": 7e14}}
+    assert rows[0] == {"ceilings": {"copy": 4e12, "matmul": 7e14}, "clocks": None}
     part = {"seconds": 1, "rows": json.loads(json.dumps(rows))}
     lines = list(gpu.summary({"versions": {}, "commit": None, "parts": {"operators": part}}))
-    assert lines[-1].startswith("layer_norm M 8, forward")
+    assert lines[-1].startswith("layer_norm M 8, both")
     assert lines[-1].endswith("0.100 ms, 90% of the limit; best peer fast takes 0.50 of that")
     assert lines[-2].endswith("dropout M 8, all sides: left out: 80 s were over")
 
