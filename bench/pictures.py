@@ -9,6 +9,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from .setup import BOTH
 
@@ -112,8 +114,9 @@ def attention_picture(record: dict[str, Any], path: Path) -> bool:
     fastest = max(row["gflop"] / row["milliseconds"] for row in rows)
     unit, factor = ("TFLOP/s", 1) if fastest > 1 else ("GFLOP/s", 1000)
     styles = {side: STYLES[i % len(STYLES)] for i, side in enumerate(sides)}
-    figure = Figure(figsize=(10, 1.2 + 3.1 * len(rates)), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(11.5, 1.2 + 3.1 * len(rates)), layout="constrained", facecolor="white")
     grid = figure.subplots(len(rates), 2, squeeze=False, sharex=True)
+    curves: dict[str, Line2D] = {}
     for (speed, duration), p in zip(grid, rates, strict=True):
         for side in reversed(sides):  # ours last, on top
             points = sorted(
@@ -127,16 +130,19 @@ def attention_picture(record: dict[str, Any], path: Path) -> bool:
             look = {"color": colour, "marker": marker, "ms": 6, "lw": 2.4 if side == sides[0] else 1.4}
             at, rate, milliseconds = zip(*points, strict=True)
             speed.plot(at, rate, **look)
-            duration.plot(at, milliseconds, **look, label=side)
+            (curves[side],) = duration.plot(at, milliseconds, **look, label=side)
         speed.set(ylabel=unit, title=f"dropout {p:g}" if p else "no dropout", ylim=(0, None))
-        duration.set(ylabel="ms, forward + backward", ylim=(0, None))
+        duration.set(ylabel="ms, forward + backward", yscale="log")
+        duration.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        duration.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        duration.yaxis.set_minor_locator(NullLocator())
         for axes in (speed, duration):
             axes.set_xscale("log", base=2)
             axes.set_xticks(lengths, [f"{length:g}" for length in lengths])
             axes.grid(alpha=0.25)
             axes.spines[["top", "right"]].set_visible(False)
-        handles, labels = duration.get_legend_handles_labels()
-        duration.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False)
+    handles = [curves[side] for side in sides]
+    figure.legend(handles=handles, loc="outside right center", fontsize=9, frameon=False)
     sizes = rows[0]["sizes"]
     tokens = sizes["B"] * sizes["T"]
     for axes in grid[-1]:
