@@ -64,9 +64,7 @@ class Work(NamedTuple):
     layers: tuple[tuple[int, int, int], ...] = ()  # rows, in, out of its matmuls with a weight
     flops: tuple[int, int] | None = None  # by default those of `layers`
     at_once: bool = False  # some sides make the gradients in the forward: forward is timed without gradients
-    checked: slice = slice(
-        None
-    )  # the rows compared with float64, which for all of them would take too much memory
+    checked: slice = slice(None)  # the rows compared with float64, where all would take too much memory
     drawn: Drawn | None = None  # for sides that draw their mask
 
     @property
@@ -78,6 +76,11 @@ class Work(NamedTuple):
         """FLOPs of forward and backward."""
         matmuls = sum(2 * m * i * o for m, i, o in self.layers)
         return self.flops or (matmuls, 2 * matmuls)
+
+
+def _some(rows: int, enough: int) -> slice:
+    """About so many rows, from all parts."""
+    return slice(None, None, max(1, rows // enough))
 
 
 class Sizes(NamedTuple):
@@ -210,7 +213,9 @@ class _Maker:
         moved = (m * i + i * o + m * o, m * o + 2 * m * i + 2 * i * o)
         sizes = {"M": m, "in": i, "out": o}
         shapes = (((m, i),), ((o, i), (o,)))
-        return Work("linear", sizes, sides, ((m, o),), moved, *shapes, layers=((m, i, o),))
+        return Work(
+            "linear", sizes, sides, ((m, o),), moved, *shapes, layers=((m, i, o),), checked=_some(m, 8192)
+        )
 
     def mlp(self, c: int) -> Work:
         m, f = self.tokens, 4 * c
@@ -223,7 +228,15 @@ class _Maker:
         layers = ((m, c, f), (m, f, c))
         parameters = ((f, c), (f,), (c, f), (c,))
         return Work(
-            "gelu_mlp", {"M": m, "C": c}, sides, ((m, c),), moved, ((m, c),), parameters, layers=layers
+            "gelu_mlp",
+            {"M": m, "C": c},
+            sides,
+            ((m, c),),
+            moved,
+            ((m, c),),
+            parameters,
+            layers=layers,
+            checked=_some(m, 8192),
         )
 
     def cross_entropy(self, c: int) -> Work:
@@ -245,7 +258,7 @@ class _Maker:
             (((n,), v),),
             layers=((n, c, v),),
             at_once=True,
-            checked=slice(None, None, max(1, n // 4096)),
+            checked=_some(n, 4096),
         )
 
     def attention(self, length: int, c: int, head_dim: int, p: float) -> Work:

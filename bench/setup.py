@@ -160,14 +160,15 @@ class Setup:
 
     @cached_property
     def _checked(self) -> Inputs:
-        """The first set, where a loss over all rows ignores those that are not compared."""
-        inputs = self.sets[0]
-        if not self.work.at_once:
+        """The first set, in which rows that are not compared count for nothing: not in a loss, nor in parameters' gradients."""
+        inputs, kept = self.sets[0], self.work.checked
+        if kept == slice(None):
             return inputs
-        (targets,) = inputs.indices
-        some = torch.full_like(targets, IGNORED)
-        some[self.work.checked] = targets[self.work.checked]
-        return inputs._replace(indices=[some])
+        incoming = [_only(gradient, kept, 0) if gradient.dim() else gradient for gradient in inputs.incoming]
+        indices = inputs.indices
+        if self.work.at_once:
+            indices = [_only(targets, kept, IGNORED) for targets in indices]
+        return inputs._replace(incoming=incoming, indices=indices)
 
     @cached_property
     def _exact(self) -> list[Tensor]:
@@ -182,6 +183,13 @@ class Setup:
         with use_backend("torch"):
             truth = tensors(self.work.sides[0].call(*doubles, *(t[kept] for t in inputs.indices)))
             return [*(y.detach() for y in truth), *torch.autograd.grad(truth, doubles, incoming)]
+
+
+def _only(x: Tensor, rows: slice, other: int) -> Tensor:
+    """x in those rows, and another value in all else."""
+    some = torch.full_like(x, other)
+    some[rows] = x[rows]
+    return some
 
 
 def outputs_of(side: Side, inputs: Inputs) -> tuple[Tensor, ...]:
