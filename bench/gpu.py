@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..kernels import add_layer_norm, causal_attention, dropout, layer_norm, use_backend
+from ..kernels import add_layer_norm, causal_attention, dropout, embed, layer_norm, linear, use_backend
 from ..kernels.backend import TRITON_OPERATORS
 from ..kernels.selfcheck import Example, parity
 from . import ops
@@ -54,10 +54,28 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
         shapes = {"qkv": (4, length, 3 * width)}  # the float64 side holds the T x T matrices of all heads
         return shapes, lambda t: causal_attention(t["qkv"], width // 64, p, t["seed"], 1)
 
+    def project(columns: int, out: int) -> Example:
+        shapes = {"x": (rows, columns), "weight": (out, columns), "bias": (out,)}
+        return shapes, lambda t: linear(t["x"], t["weight"], t["bias"])
+
+    def tables(columns: int, p: float) -> Example:
+        length, vocabulary = min(rows, 1024), min(16 * rows, 50304)
+
+        def call(t: dict[str, torch.Tensor]) -> torch.Tensor:
+            row = torch.arange(rows, device=t["wte"].device)
+            ids = torch.where(
+                row % 20 == 0, 11, row * 7919 % vocabulary
+            )  # a token that is a twentieth of all
+            return embed(ids.view(-1, length), t["wte"], t["wpe"], p, t["seed"], 1)
+
+        return {"wte": (vocabulary, columns), "wpe": (length, columns)}, call
+
     widths = (768, 1024, 1280, 1600)
     examples: dict[str, dict[str, Example]] = {
+        "embed": {f"{rows} x {c}, p = {p}": tables(c, p) for c, p in ((768, 0.0), (1600, 0.1))},
         "layer_norm": {f"{rows} x {c}": norm(c) for c in widths},
         "add_layer_norm": {f"{rows} x {c}, p = {p}": add(c, p) for c in widths for p in (0.0, 0.1)},
+        "linear": {f"{rows} x {c} to {n}": project(c, n) for c, n in ((768, 2304), (1600, 1600))},
         "attention": {
             f"4 x {t} x 3 x {c}, p = {p}": heads(t, c, p)
             for t, c in ((1024, 768), (777, 1600))

@@ -28,7 +28,7 @@ from ..kernels.tiles import Case
 # A file with kernels joins here and lists its cases in `compile_cases`.
 SOURCES = [
     import_module(f"..kernels.{name}", __package__)
-    for name in ("dropout", "layer_norm_kernels", "attention_kernels")
+    for name in ("dropout", "layer_norm_kernels", "attention_kernels", "column_sum", "embedding_kernels")
 ]
 
 # name: (Triton's backend, its architecture, lanes of a warp, bytes of shared memory a program may take)

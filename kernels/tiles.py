@@ -118,6 +118,26 @@ ATTENTION_KEY: dict[str, tuple[Tile, ...]] = {
     "interpreter": (Tile(128, 32, 16, 1, 1, 0, ""),),
 }
 
+# Reductions over rows that are read once: enough loads in flight at any width, and no row is worth tuning offline.
+COLUMN_SUM: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(ANY, 128, 32, 4, 1, 8, _OFFLINE),),
+    "interpreter": (Tile(ANY, 32, 8, 1, 1, 2, ""),),
+}
+# The embedding's gradient: a row of up to 1024 bfloat16 is one load of 16 bytes by each thread, so that rows are added
+# within threads.
+EMBED: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(128, 128, 16, 4, 1, 0, _OFFLINE), Tile(ANY, 1024, 4, 4, 1, 0, _OFFLINE)),
+    "interpreter": (Tile(ANY, 128, 16, 1, 1, 0, ""),),
+}
+ROW_SUMS: dict[str, tuple[Tile, ...]] = {
+    "any": (
+        Tile(128, 128, 8, 1, 1, 0, _OFFLINE),
+        Tile(512, 512, 8, 2, 1, 0, _OFFLINE),
+        Tile(ANY, 1024, 8, 4, 1, 0, _OFFLINE),
+    ),
+    "interpreter": (Tile(ANY, 128, 4, 1, 1, 0, ""),),
+}
+
 
 def attention_tile(
     table: dict[str, tuple[Tile, ...]], architecture: str, head_dim: int, float32: bool

@@ -3,6 +3,8 @@
 Operators without a Triton kernel run in PyTorch on both sides.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -45,9 +47,14 @@ def test_two_hundred_steps_give_the_same_losses_on_either_backend(monkeypatch):
     ran = set()
 
     def on_triton(name, function):
+        every = (
+            10 if name == "embed" else 1
+        )  # a program for each of 128 rows of the vocabulary: 150 ms a step
+        calls = itertools.count()
+
         def call(*args, **kwargs):
             ran.add(name)
-            with use_backend("triton"):
+            with use_backend("torch" if next(calls) % every else "triton"):
                 return function(*args, **kwargs)
 
         return call
@@ -57,7 +64,7 @@ def test_two_hundred_steps_give_the_same_losses_on_either_backend(monkeypatch):
         if hasattr(model_module, name):
             monkeypatch.setattr(model_module, name, on_triton(name, getattr(model_module, name)))
     fused = losses(200)
-    assert ran >= {"layer_norm", "add_layer_norm", "causal_attention"}
+    assert ran >= {"embed", "layer_norm", "add_layer_norm", "linear", "causal_attention"}
     assert plain[-1] < 0.75 * plain[0], "it learns, so the losses say something"
     assert fused == pytest.approx(plain, rel=2e-3)
     assert fused[0] == pytest.approx(plain[0], rel=1e-6), "another mask would show at once"

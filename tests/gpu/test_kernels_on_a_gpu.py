@@ -8,7 +8,7 @@ import torch
 
 from fusedgpt.bench.gpu import DTYPES, full_size
 from fusedgpt.bench.timing import full_rows
-from fusedgpt.kernels import add_layer_norm, dropout, layer_norm, use_backend
+from fusedgpt.kernels import add_layer_norm, dropout, embed, layer_norm, linear, use_backend
 from fusedgpt.kernels._triton import INTERPRETED
 from fusedgpt.kernels.backend import TRITON_OPERATORS
 from fusedgpt.kernels.dropout import _words, keep_mask
@@ -89,7 +89,79 @@ def test_add_layer_norm_in_a_cuda_graph_is_that_outside() -> None:
         assert all(torch.equal(a, b) for a, b in zip(replayed, work(), strict=True))
 
 
+def test_the_embedding_and_a_projection_in_a_cuda_graph_are_those_outside() -> None:
+    counter = seed(0)
+    ids = torch.randint(1000, (8, 256), device=GPU)
+    tensors = [leaf(*shape, dtype=torch.float32) for shape in ((1024, 768), (256, 768), (2304, 768), (2304,))]
+    wte, wpe, weight, bias = tensors
+    incoming = torch.randn(8, 256, 2304, device=GPU, dtype=BF16)
+
+    def work() -> list[torch.Tensor]:
+        y = linear(embed(ids, wte, wpe, 0.1, counter, 0, BF16), weight, bias)
+        gradients = torch.autograd.grad(y, tensors, incoming)
+        counter.add_(1)
+        return [y, *gradients]
+
+    graph, results = captured(work)
+    for start in (7, 8):
+        ids.copy_(torch.randint(1000, (8, 256), device=GPU))  # a replay sorts the ids that it finds
+        counter.fill_(start)
+        graph.replay()
+        replayed = [result.detach().clone() for result in results]
+        counter.fill_(start)
+        assert all(torch.equal(a, b) for a, b in zip(replayed, work(), strict=True))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.5, 1.0])
+def test_embedding_gradients_of_skewed_tokens(share: float) -> None:
+    """The same bits twice, and the sums of torch in float64, whatever share of all rows is one token's."""
+    rows, vocabulary = full_rows(GPU), 50304
+    ids = torch.randint(vocabulary, (rows,), device=GPU)
+    ids = torch.where(torch.rand(rows, device=GPU) < share, 13, ids).view(-1, 1024)
+    wte, wpe = leaf(vocabulary, 768, dtype=torch.float32), leaf(1024, 768, dtype=torch.float32)
+    dx = torch.randn(*ids.shape, 768, device=GPU, dtype=BF16)
+    x = embed(ids, wte, wpe, out_dtype=BF16)
+    first, second = (torch.autograd.grad(x, [wte, wpe], dx, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    exact = torch.zeros(vocabulary, 768, device=GPU, dtype=torch.float64)
+    exact.index_add_(0, ids.flatten(), dx.flatten(0, 1).double())
+    torch.testing.assert_close(first[0], exact.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(first[1], dx.double().sum(0).float(), rtol=1e-5, atol=1e-4)
+
+
+def test_an_id_out_of_range_is_nan_and_breaks_nothing() -> None:
+    ids = torch.tensor([[0, 50, -1, 2**40, 3]], device=GPU)
+    wte, wpe = leaf(50, 768, dtype=torch.float32), leaf(5, 768, dtype=torch.float32)
+    x = embed(ids, wte, wpe)
+    assert x.isnan().all(2).tolist() == [[False, True, True, True, False]]
+    dwte, dwpe = torch.autograd.grad(x, [wte, wpe], torch.ones_like(x))
+    assert dwte.sum(1).nonzero().flatten().tolist() == [0, 3]
+    assert torch.equal(dwpe, torch.ones_like(dwpe))
+
+
+def test_a_projection_of_float32_masters_keeps_the_accumulator() -> None:
+    x, weight, bias = leaf(4096, 768), leaf(2304, 768, dtype=torch.float32), leaf(2304, dtype=torch.float32)
+    conv = leaf(768, 2304, dtype=torch.float32)
+    dy = torch.randn(4096, 2304, device=GPU, dtype=BF16)
+    dweight, dbias = torch.autograd.grad(linear(x, weight, bias), [weight, bias], dy)
+    (dconv,) = torch.autograd.grad(linear(x, conv.T), conv, dy)
+    exact = dy.double().T @ x.detach().double()
+    for ours, truth in ((dweight, exact), (dconv, exact.T), (dbias, dy.double().sum(0))):
+        assert ours.dtype == torch.float32
+        assert ours.is_contiguous()
+        assert ((ours.double() - truth).norm() / truth.norm()).item() < 1e-4  # bfloat16 would be off by 2e-3
+
+
+def _tables(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return torch.randint(9, (3, 20), device=GPU), leaf(9, 70, dtype=dtype), leaf(20, 70, dtype=dtype)
+
+
 OPCHECK = [
+    ("embed", lambda: (*_tables(torch.float32), 0.1, seed(1), 2, BF16)),
+    (
+        "linear",
+        lambda: (leaf(33, 70), w := leaf(90, 70, dtype=torch.float32), w.detach().bfloat16(), leaf(90)),
+    ),
     ("dropout", lambda: (leaf(33, 70), 0.3, seed(1), 1)),
     ("layer_norm", lambda: (leaf(33, 768), leaf(768, dtype=torch.float32), None, 1e-5, BF16)),
     ("layer_norm", lambda: (leaf(3, 9001), leaf(9001), leaf(9001), 1e-5, torch.float32)),

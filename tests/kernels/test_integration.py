@@ -26,7 +26,16 @@ def flat(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 F32, F16 = torch.float32, torch.float16
 FIRST = torch.tensor([[0, 0, 2], [1, 3, 0]], dtype=torch.int32, device=DEVICE)
+IDS = torch.tensor([[3, 0, 3], [6, 3, 1]], device=DEVICE)
 ARGUMENTS = [
+    ("embed", (IDS, leaf(7, 5), leaf(4, 5), 0.3, SEED, 1, F16)),
+    ("embed", (IDS.int(), leaf(7, 140, dtype=F16), leaf(3, 140), 0.0, None, 0, F32)),
+    ("embedding_row_sums", (flat(2, 3, 5), *IDS.int().flatten().sort(stable=True), 7, F16, 0.3, SEED, 1)),
+    ("linear", (leaf(2, 3, 5), leaf(7, 5), flat(7, 5), leaf(7))),
+    ("linear", (leaf(3, 5, dtype=F16), leaf(5, 7).T, flat(5, 7, dtype=F16).T, None)),
+    ("linear_backward", (flat(2, 3, 7), flat(2, 3, 5), flat(7, 5), F32, False, True)),
+    ("linear_backward", (flat(3, 7, dtype=F16), flat(3, 5, dtype=F16), None, F32, True, False)),
+    ("column_sum", (flat(40, 35, dtype=F16),)),
     ("dropout", (leaf(3, 5), 0.3, SEED, 1)),
     ("layer_norm", (leaf(2, 3, 5), leaf(5), leaf(5), 1e-5, F32)),
     ("layer_norm", (leaf(2, 140, dtype=F16), leaf(140), None, 1e-5, F32)),

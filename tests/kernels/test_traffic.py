@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fusedgpt.kernels import add_layer_norm, causal_attention, dropout, layer_norm, use_backend
+from fusedgpt.kernels import add_layer_norm, causal_attention, dropout, embed, layer_norm, use_backend
 from fusedgpt.kernels.backend import _triton
+from fusedgpt.kernels.column_sum import column_sum
 
 pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="only the interpreter can be watched")
 
@@ -107,3 +108,29 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     queries = (3 + 2 * 2 * walked + 1) * tensor + 2 * kept  # in tiles of 16: twice as many walk as far
     keys = (2 + 2 * walked + 2) * tensor + 2 * walked * kept
     assert sum(backward) == queries + keys
+
+
+def test_column_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    splits, columns = 2, 70  # three blocks of columns share four programs
+    with moved(monkeypatch) as summed:
+        column_sum(torch.randn(ROWS, columns).half())
+    assert sum(summed) == ROWS * columns * 2 + splits * columns * 4
+
+
+def test_embed(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, length, vocabulary = 8, 6, 5
+    rows = batch * length
+    tables = [torch.randn(n, COLUMNS, requires_grad=True) for n in (vocabulary, length)]
+    ids = torch.tensor([3, 0, 3, 3, 3, 4]).repeat_interleave(batch).view(batch, length)
+    with moved(monkeypatch) as forward:
+        x = embed(ids, *tables, out_dtype=torch.float16)
+    assert sum(forward) == rows * (8 + COLUMNS * (4 + 4 + 2))
+    with moved(monkeypatch) as backward:
+        x.backward(torch.ones_like(x))
+    ends = 2 * (3 * 4 * 2 + (vocabulary + length) * 4)  # of three chunks, and of every table row's segment
+    partial = (
+        2 * COLUMNS * 4
+    )  # sorted, the rows 8 to 39 are token 3's: of the chunks of 16, the second lies inside
+    assert (
+        sum(backward) == rows * 2 * (COLUMNS * 2 + 8) + (vocabulary + length) * COLUMNS * 4 + partial + ends
+    )
