@@ -11,7 +11,7 @@ from fusedgpt.kernels import linear, use_backend
 from fusedgpt.kernels.column_sum import column_sum
 from fusedgpt.kernels.linear import _backward
 
-from .tolerances import TOLERANCES, assert_no_less_exact, relative_error
+from .tolerances import assert_no_less_exact, relative_error
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -81,7 +81,7 @@ def test_float32_masters_have_gradients_that_no_lower_precision_has_seen() -> No
     exact = results(F.linear, {name: t.double() for name, t in tensors.items()}, dy)
     ours = results(fused, tensors | {"x": tensors["x"].half()}, dy)
     for name in ("dweight", "dbias"):
-        assert relative_error(ours[name], exact[name]) < TOLERANCES["roundings"] * torch.finfo(F32).eps * 4
+        assert relative_error(ours[name], exact[name]) < 10 * torch.finfo(F32).eps
 
 
 def test_a_weight_stored_in_out_has_its_gradient_in_that_layout() -> None:
