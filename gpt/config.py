@@ -117,8 +117,9 @@ class TrainConfig:
     """Passes over the data; replaces `steps` where it is above 0."""
     batch_size: int = 16
     """Sequences in one optimizer step."""
-    micro_batch: int = 0
-    """Sequences in one forward pass; must divide batch_size, and gradients accumulate. 0: the whole batch."""
+    micro_batch: int | Literal["auto"] = 0
+    """Sequences in one forward pass; must divide batch_size, and gradients accumulate. 0: the whole batch; auto: as
+    much of it as fits the GPU."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon for the blocks' matrices with adamw for everything else."""
@@ -153,6 +154,8 @@ class TrainConfig:
     """Recompute each block in the backward instead of keeping its activations."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Which implementation the operators use."""
+    cuda_graph: Literal["auto", "off"] = "auto"
+    """auto: a GPU replays each step as CUDA graphs; off: it is launched kernel by kernel, with the same losses."""
     seed: int = 0
     """Of initial weights, batches, dropout and samples."""
 
@@ -178,11 +181,13 @@ class TrainConfig:
     """Also log to TensorBoard, into the run's folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
+    profile: bool = False
+    """Trace a few steps into trace.json.gz in the run's folder, for ui.perfetto.dev, and print where their time went."""
 
     def __post_init__(self) -> None:
         whole = {"steps": 1, "batch_size": 1, "log_interval": 1, "eval_interval": 1, "eval_windows": 1}
         whole |= {"save_interval": 1, "keep_checkpoints": 1, "bpe_vocab_size": 257}
-        whole |= {"micro_batch": 0, "warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0}
+        whole |= {"warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0}
         for name, low in whole.items():
             _require(
                 _is_int(getattr(self, name)) and getattr(self, name) >= low,
@@ -196,15 +201,31 @@ class TrainConfig:
             _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a number from 0 to 1")
         for name in ("beta1", "beta2", "val_fraction"):
             _require(0.0 <= getattr(self, name) < 1.0, self, name, "a number from 0 to below 1")
-        if self.micro_batch and self.batch_size % self.micro_batch:
+        if self.micro_batch != "auto":
+            allowed = _is_int(self.micro_batch) and self.micro_batch >= 0
+            _require(allowed, self, "micro_batch", "a whole number from 0 up, or 'auto'")
+        if isinstance(self.micro_batch, int) and self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(
                 f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}"
             )
 
     @property
+    def sequences(self) -> int:
+        """Sequences in one forward pass.
+
+        Raises:
+            ValueError: micro_batch is still "auto".
+        """
+        if isinstance(self.micro_batch, str):
+            raise ValueError(
+                "micro_batch = 'auto' is for a device to settle: gpt.train.memory.largest_micro_batch"
+            )
+        return self.micro_batch or self.batch_size
+
+    @property
     def accumulation(self) -> int:
         """Forward passes in one optimizer step."""
-        return self.batch_size // self.micro_batch if self.micro_batch else 1
+        return self.batch_size // self.sequences
 
 
 @dataclass(frozen=True)

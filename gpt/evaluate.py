@@ -62,7 +62,7 @@ def validation_batches(
     shards: TokenShards, config: TrainConfig, context_length: int, device: torch.device
 ) -> list[Batch]:
     """What a run is evaluated on while it trains, the same at every evaluation: windows, or whole tales."""
-    size = config.micro_batch or config.batch_size
+    size = config.sequences
     if split_name(config.data)[0] == "tales":
         documents = [
             encode_document(shards.tokenizer, tale) for tale in validation_tales(config.eval_windows)

@@ -11,7 +11,8 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .config import (
     DROPOUTS,
@@ -175,11 +176,20 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     result = canonical(values, KEYS, where)
     for key, value in result.items():
         kind = TYPES[key]
-        if get_origin(kind) is Literal:
-            allowed, takes = value in get_args(kind), " or ".join(map(repr, get_args(kind)))
-        else:  # the exact type: True is no whole number
-            allowed, takes = type(value) in ((int, float) if kind is float else (kind,)), _TAKES[kind]
-        if not allowed:
+        kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+        if not any(_is_a(value, one) for one in kinds):
+            takes = " or ".join(map(_takes, kinds))
             raise ValueError(f"{where}: {key} = {value!r} is not allowed; it takes {takes}")
         result[key] = float(value) if kind is float else value
     return result
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether value has exactly the type (True is no whole number), or is one of the literals."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _takes(kind: Any) -> str:
+    return " or ".join(map(repr, get_args(kind))) if get_origin(kind) is Literal else _TAKES[kind]

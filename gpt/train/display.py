@@ -71,8 +71,9 @@ class Display:
             f"model  {model.num_params():,} parameters: {shape.n_layer} layers of width {shape.n_embd}, "
             f"{shape.n_head} heads, context {shape.context_length}"
         )
+        parts = f" in micro-batches of {settings.sequences}" if settings.accumulation > 1 else ""
         self.say(
-            f"train  {settings.steps:,} steps of {settings.batch_size} x {shape.context_length} tokens "
+            f"train  {settings.steps:,} steps of {settings.batch_size} x {shape.context_length} tokens{parts} "
             f"({passes:.2g} passes), {settings.optimizer}, {settings.dtype} on {name}"
         )
         probe = torch.empty(0, dtype=getattr(torch, settings.dtype), device=device)

@@ -42,6 +42,7 @@ from .checkpoint import (
 )
 from .device import keep_freed_memory, pick_device, pick_dtype
 from .display import Display, program
+from .memory import explained, largest_micro_batch
 from .metrics import (
     MetricsLog,
     Speedometer,
@@ -51,11 +52,8 @@ from .metrics import (
     plot_runs,
     require_trackers,
 )
-from .step import TrainStep
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on: what happened, at which step, and what to do."""
+from .step import TrainingError, TrainStep
+from .trace import Trace
 
 
 @dataclass
@@ -88,12 +86,14 @@ def train(
 
     Raises:
         ValueError, OSError: the settings do not fit together, the data cannot be read, the folder is in use.
-        TrainingError: the loss is no longer finite, or the model fell short of `min_accepted`.
+        TrainingError: the loss is no longer finite, a GPU's memory does not suffice, or the model fell short of
+            `min_accepted`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the step has ended and a checkpoint has been written.
     """
     with use_backend(config.train.backend):
         session = prepare(config, out, resume, origins or {})
-        with _interruption() as interrupted, session.display, closing(session.log):
+        limits = explained(session.config.model, session.config.train, session.step.device)
+        with _interruption() as interrupted, session.display, closing(session.log), limits:
             run_steps(session, interrupted)
         if interrupted:
             session.display.say(
@@ -114,38 +114,48 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     if resume:
         require_fit(tokenizer, config.model, out)
     require_prompt(tokenizer, config)
+    given, config = config.flat(), settle(config, tokenizer, device)
     shards = token_shards(config.train.data, tokenizer, config.train.val_fraction, progress=True)
     loader = TokenLoader(
         shards.train,
         config.model.context_length,
-        config.train.micro_batch or config.train.batch_size,
+        config.train.sequences,
         config.train.seed,
         device=device,
         document_start=tokenizer.end_of_text if config.train.align_documents else None,
     )
+    if config.train.epochs:
+        steps = math.ceil(config.train.epochs * loader.n_windows / config.train.batch_size)
+        config = replace(config, train=replace(config.train, steps=steps))
     validation = validation_batches(shards, config.train, config.model.context_length, device)
-    given, config = config.flat(), settle(config, tokenizer, loader, device)
 
     torch.manual_seed(config.train.seed)
-    with torch.device(device):
-        model = GPT(config.model)
-    optimizers = build_optimizers(model, config.train)
+    with explained(config.model, config.train, device):
+        with torch.device(device):
+            model = GPT(config.model)
+        optimizers = build_optimizers(model, config.train)
     checkpoint = latest_checkpoint(out) if resume else None
     state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0}
     if state["step"] >= config.train.steps:
         raise ValueError(
             f"{out} has done its {state['step']:,} steps; go on with --steps and a larger number"
         )
-    if checkpoint:
-        load_model(model, checkpoint)
-        load_optimizers(model, optimizers, checkpoint)
+    with explained(config.model, config.train, device):
+        if checkpoint:
+            load_model(model, checkpoint)
+            load_optimizers(model, optimizers, checkpoint)
+        step = TrainStep(model, optimizers, loader, config.train, step=state["step"])
     if "loader" in state:
         loader.load_state_dict(state["loader"])
-    step = TrainStep(model, optimizers, loader, config.train, step=state["step"])
     if "scaler" in state:
-        step.scaler.load_state_dict(state["scaler"])
+        step.load_state(state["scaler"])
 
-    found = {"vocab_size": "the tokenizer", "dtype": "the device", "steps": "epochs"}
+    found = {
+        "vocab_size": "the tokenizer",
+        "dtype": "the device",
+        "micro_batch": "the device",
+        "steps": "epochs",
+    }
     settled = {key: where for key, where in found.items() if given[key] != config.flat()[key]}
     if not resume:
         start_run(out, tokenizer)
@@ -157,17 +167,15 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     return Session(out, config, tokenizer, model, optimizers, loader, validation, step, log, display, floor)
 
 
-def settle(config: RunConfig, tokenizer: Tokenizer, loader: TokenLoader, device: torch.device) -> RunConfig:
-    """The configuration with what only data and device can tell: the vocabulary's size, the steps, the dtype."""
-    settings = config.train
-    steps = (
-        math.ceil(settings.epochs * loader.n_windows / settings.batch_size)
-        if settings.epochs
-        else settings.steps
-    )
-    dtype: Any = str(pick_dtype(settings.dtype, device)).removeprefix("torch.")
+def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> RunConfig:
+    """The configuration with what only tokenizer and device can tell: the vocabulary's size, dtype and micro-batch."""
+    dtype: Any = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
     model = replace(config.model, vocab_size=tokenizer.vocab_size)
-    return RunConfig(model, replace(settings, steps=steps, dtype=dtype))
+    config = RunConfig(model, replace(config.train, dtype=dtype))
+    if config.train.micro_batch == "auto":
+        largest = largest_micro_batch(config, device)
+        config = replace(config, train=replace(config.train, micro_batch=largest))
+    return config
 
 
 def require_prompt(tokenizer: Tokenizer, config: RunConfig) -> None:
@@ -203,6 +211,7 @@ def run_steps(session: Session, interrupted: list[int]) -> None:
     )
     tokens_a_step = settings.batch_size * session.config.model.context_length
     losses: list[torch.Tensor] = []
+    trace = Trace(session.out, step.device, settings.steps - step.step) if settings.profile else None
     if step.step == 0:
         evaluate(session, train_loss=None)
         speed.start()
@@ -211,23 +220,28 @@ def run_steps(session: Session, interrupted: list[int]) -> None:
         losses.append(loss)
         last = step.step == settings.steps or bool(interrupted)
         if step.step % settings.log_interval == 0 or last:
-            record = {"step": step.step, "loss": finite(torch.stack(losses).mean().item(), session)}
+            record = {"step": step.step, "loss": finite_mean(losses, session)}
             record |= {"lr": settings.lr * lr_factor(step.step - 1, settings), "grad_norm": norm.item()}
             record |= speed.read(len(losses), tokens_a_step) | {"memory": peak_memory(step.device)}
             record |= {"tokens": step.step * tokens_a_step, "epoch": round(session.loader.epoch, 4)}
+            record |= skipped_steps(session, len(losses))
             session.log.write(record)
             session.display.progress(record, settings.steps)
             losses.clear()
         else:
             session.display.advance(step.step)
         pause = time.perf_counter()
+        if trace:
+            trace.step()
         if step.step % settings.eval_interval == 0 or last:
-            evaluate(session, record["loss"] if not losses else torch.stack(losses).mean().item())
+            evaluate(session, finite_mean(losses, session) if losses else record["loss"])
         if settings.sample_interval and step.step % settings.sample_interval == 0:
             sample(session)
         if step.step % settings.save_interval == 0 or last:
             save(session)
         speed.pause(time.perf_counter() - pause)
+    if trace:
+        session.display.say(trace.summary())
 
 
 def evaluate(session: Session, train_loss: float | None) -> None:
@@ -278,23 +292,46 @@ def sample(session: Session) -> str:
 def save(session: Session) -> None:
     """Write a checkpoint from which the run goes on exactly as if it had not stopped."""
     state = {"step": session.step.step, "loader": session.loader.state_dict()}
-    if scaler := session.step.scaler.state_dict():
+    if scaler := session.step.state():
         state["scaler"] = scaler
     save_checkpoint(
         session.out, session.model, session.optimizers, state, session.config.train.keep_checkpoints
     )
 
 
-def finite(loss: float, session: Session) -> float:
-    """The loss, where it is a number."""
-    if math.isfinite(loss):
-        return loss
+def finite_mean(losses: list[torch.Tensor], session: Session) -> float:
+    """The mean of those losses that are numbers; a step that had none changed nothing.
+
+    Raises:
+        TrainingError: none of them is one.
+    """
+    values = [loss for loss in torch.stack(losses).tolist() if math.isfinite(loss)]
+    if values:
+        return math.fsum(values) / len(values)
     checkpoint = latest_checkpoint(session.out)
     back = f"{checkpoint} holds the last good step" if checkpoint else "there is no checkpoint yet"
     raise TrainingError(
-        f"the loss became {loss} before step {session.step.step}: {back}. A lower --lr (and --muon-lr), more "
+        f"the loss became {losses[-1].item()} before step {session.step.step}: {back}. A lower --lr (and --muon-lr), more "
         "--warmup-steps or a smaller --grad-clip help; in float16 so does --dtype bfloat16"
     )
+
+
+def skipped_steps(session: Session, steps: int) -> dict[str, int]:
+    """Say how many of the last steps were skipped, and return it for the log where there are any."""
+    count = int(session.step.skipped.item())
+    if not count:
+        return {}
+    session.step.skipped.zero_()
+    why = (
+        "; in float16 the first few are usual, while the loss scale finds its height"
+        if session.config.train.dtype == "float16"
+        else ""
+    )
+    session.display.say(
+        f"{count} of the last {steps} steps skipped: their gradients were not finite, and neither weights nor "
+        f"optimizer were touched{why}"
+    )
+    return {"skipped": count}
 
 
 def finish(session: Session) -> None:

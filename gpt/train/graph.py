@@ -1,0 +1,98 @@
+"""A function on device tensors as a CUDA graph: the host launches it whole instead of kernel by kernel.
+
+A graph is captured once for every shape of the function's inputs:
+
+    first call of a shape    runs as it is, on the stream of the capture: kernels compile, libraries initialise
+    second                   is captured, then replayed
+    all others               copy their inputs to where the graph reads them, and replay
+
+So nothing is computed twice, a capture finds nothing left to initialise, and a shape seen once costs no capture.
+What must outlive a call (gradients, losses, seeds) are tensors made outside, which the function changes in place.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_SHAPES = 8  # graphs of one function; further shapes run uncaptured
+
+
+class Place:
+    """Where functions are captured that run one after the other: a stream of their own, and one pool of memory for all."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+
+class _Graph(NamedTuple):
+    inputs: tuple[Tensor, ...]  # where it reads
+    graph: torch.cuda.CUDAGraph
+
+
+class Captured:
+    """`function` with its CUDA graphs; called like it.
+
+    A capture that fails is said on stderr, and the function runs uncaptured from then on.
+
+    Args:
+        name: of the function in that message.
+        function: changes tensors in place and returns nothing; no input of it is needed after the call.
+        place: where it runs and is captured.
+    """
+
+    def __init__(self, name: str, function: Callable[..., None], place: Place) -> None:
+        self.name, self.function, self.place = name, function, place
+        self.graphs: dict[Any, _Graph] = {}
+        self.ran: set[Any] = set()  # shapes that need no more initialisation
+        self.failed = False
+
+    def __call__(self, *inputs: Tensor) -> None:
+        shape = tuple((tuple(t.shape), t.dtype) for t in inputs)
+        if shape not in self.graphs:
+            room = len(self.graphs) < MAX_SHAPES and not self.failed
+            graph = self._capture(inputs) if shape in self.ran and room else None
+            if graph is None:
+                self.ran.add(shape)
+                self._run(inputs)
+                return
+            self.graphs[shape] = graph
+        for static, given in zip(self.graphs[shape].inputs, inputs, strict=True):
+            static.copy_(given, non_blocking=True)
+        self.graphs[shape].graph.replay()
+
+    def _run(self, inputs: tuple[Tensor, ...]) -> None:
+        current = torch.cuda.current_stream(self.place.device)
+        self.place.stream.wait_stream(current)
+        with torch.cuda.stream(self.place.stream):
+            self.function(*inputs)
+        current.wait_stream(self.place.stream)
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
+        static = tuple(t.clone() for t in inputs)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # `graph` leaves its stream current where the capture fails: the outer context does not
+            with (
+                torch.cuda.stream(self.place.stream),
+                torch.cuda.graph(graph, pool=self.place.pool, stream=self.place.stream),
+            ):
+                self.function(*static)
+        except Exception as error:  # whatever a library or an operator does that a capture forbids
+            causes: list[BaseException] = [error]
+            while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+                causes.append(cause)
+            for cause in causes:
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+            self.failed = True
+            reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
+            print(
+                f"warning: {self.name} runs without a CUDA graph, kernel by kernel: {reason}", file=sys.stderr
+            )
+            return None
+        return _Graph(static, graph)

@@ -1,0 +1,170 @@
+"""How much memory a training step needs, part by part; the largest micro-batch that fits; what helps where none does."""
+
+import gc
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import repeat
+
+import torch
+
+from ...kernels.backend import choose
+from ..config import ModelConfig, RunConfig, TrainConfig
+from ..model import GPT
+from ..optim import build_optimizers
+from .step import DTYPES, TrainingError, TrainStep
+
+_CHUNK = 4096  # rows of logits that the fused head holds at a time, about
+_SPARE = 0.04  # of a GPU: what evaluation, samples and fragments take beside the step
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        return sum(asdict(self).values())
+
+
+def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> Memory:
+    """What a step needs at its peak, from the shape alone; dtype and micro-batch must be settled.
+
+    With P parameters, N = B T tokens in a micro-batch, width C, L layers, H heads, V rows of vocabulary, a bytes an
+    activation and r an element of the residual stream:
+
+        weights      4 P
+        gradients    4 P
+        optimizer    8 P for AdamW; 4 P for the matrices that Muon takes
+        activations  N L (10 a C + 2 r C + 4 H + 16): each layer keeps y, q, k, v, attention's output, the MLP's input and
+                     its pre-activation (1 + 3 + 1 + 1 + 4 times C), two states of the stream, log-sum-exps and LayerNorm's
+                     statistics. Plain PyTorch keeps two more of 4 C: GELU's gate (float32) and its output.
+                     Recomputed: N L (a + r) C and one layer's. Either way as much as one layer's for the backward's
+                     gradients.
+        head         fused: 4096 rows of logits, a V C for the weight's cast and 4 V C for its gradient;
+                     in plain PyTorch 3 · 4 N V: log-softmax, its gradient and the logits'
+    """
+    n, c, layers = settings.sequences * shape.context_length, shape.n_embd, shape.n_layer
+    a = DTYPES[settings.dtype].itemsize
+    r = 4 if settings.float32_residual else a
+    probe = torch.empty(0, dtype=DTYPES[settings.dtype], device=device)
+    blocks = 12 * layers * c**2
+    vectors = layers * 13 * c + 2 * c
+    rows = shape.padded_vocab_size
+    parameters = blocks + vectors + (rows * (1 if shape.tie_weights else 2) + shape.context_length) * c
+    layer = n * (10 * a * c + 2 * r * c + 4 * shape.n_head + 16)
+    if choose("gelu_mlp", probe).backend == "torch":
+        layer += n * 4 * c * (4 + a)
+    kept = layers * layer
+    if settings.activation_checkpointing:
+        kept = layers * n * (a + r) * c + layer
+    head = 12 * n * rows
+    if choose("linear_cross_entropy", probe).backend == "triton":
+        head = min(n, _CHUNK) * rows * a + (a + 4) * rows * c
+    return Memory(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=8 * parameters - (4 * blocks if settings.optimizer == "muon" else 0),
+        activations=kept + layer,
+        head=head,
+    )
+
+
+def remedies(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> str:
+    """What a step needs, and each setting that makes it need less, with how much less."""
+    need = estimate(shape, settings, device)
+    parts = ", ".join(f"{part} {_gib(size)}" for part, size in asdict(need).items())
+    options: list[tuple[str, tuple[ModelConfig, TrainConfig]]] = []
+    if settings.sequences > 1:
+        divisor = next(d for d in range(settings.sequences // 2, 0, -1) if settings.batch_size % d == 0)
+        options.append((f"--micro-batch {divisor}", (shape, replace(settings, micro_batch=divisor))))
+    if not settings.activation_checkpointing:
+        flag = "--activation-checkpointing"
+        options.append((flag, (shape, replace(settings, activation_checkpointing=True))))
+    if settings.dtype == "float32":
+        options.append(("--dtype bfloat16", (shape, replace(settings, dtype="bfloat16"))))
+    if shape.context_length > 1:
+        half = shape.context_length // 2
+        shorter = replace(shape, context_length=half)
+        options.append((f"--context-length {half} in a new run", (shorter, settings)))
+    saved = [(flag, need.total - estimate(*option, device).total) for flag, option in options]
+    helps = ", ".join(f"{flag} {_gib(less)} less" for flag, less in saved if less > 0)
+    return (
+        f"a step of {settings.sequences} x {shape.context_length} tokens in {settings.dtype} needs about "
+        f"{_gib(need.total)} ({parts}). What helps: {helps or 'a smaller model'}"
+        + (", --micro-batch auto (what fits)" if settings.sequences > 1 else "")
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+@contextmanager
+def explained(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Turn a GPU's running out of memory into an error that says what helps.
+
+    Raises:
+        TrainingError: in place of torch.OutOfMemoryError.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+        has = f"{torch.cuda.get_device_name(device)} has {_gib(total)}, and " if total else ""
+        raise TrainingError(f"out of memory: {has}{remedies(shape, settings, device)}") from None
+
+
+def largest_micro_batch(config: RunConfig, device: torch.device) -> int:
+    """The largest divisor of batch_size whose steps fit the device, a power of two where one is not much smaller.
+
+    On a GPU whole steps are tried, capture included, on a model that is then thrown away; elsewhere memory is not the limit, and
+    it is batch_size.
+
+    Args:
+        config: with vocabulary and dtype settled.
+
+    Raises:
+        TrainingError: not even one sequence fits.
+    """
+    batch = config.train.batch_size
+    if device.type != "cuda":
+        return batch
+    sizes = [size for size in range(1, batch + 1) if batch % size == 0]
+    fitting = bisect_left(sizes, True, key=lambda size: not _fits(config, size, device))
+    if fitting == 0:
+        raise TrainingError(
+            f"out of memory: {remedies(config.model, replace(config.train, micro_batch=1), device)}"
+        )
+    largest = sizes[fitting - 1]
+    power = max(size for size in sizes[:fitting] if size & (size - 1) == 0)
+    return power if largest < batch and 2 * power > largest else largest
+
+
+def _fits(config: RunConfig, size: int, device: torch.device) -> bool:
+    """Whether steps of `size` sequences run, and leave some memory free."""
+    settings = replace(config.train, batch_size=size, micro_batch=size)
+    try:
+        with torch.device(device):
+            model = GPT(config.model)
+            ids = torch.randint(config.model.vocab_size, (size, config.model.context_length))
+        step = TrainStep(model, build_optimizers(model, settings), repeat((ids, ids)), settings)
+        for _ in range(2):  # the second is captured
+            step()
+        torch.cuda.synchronize(device)
+        free, total = torch.cuda.mem_get_info(device)
+        return free >= _SPARE * total
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        model = step = None  # type: ignore[assignment]
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
