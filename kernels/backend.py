@@ -110,10 +110,13 @@ def _obstacle(operator: str, wanted: str, x: Tensor, others: tuple[Tensor | None
     return unusable(x.device)
 
 
-@torch.compiler.assume_constant_result
 def unusable(device: torch.device) -> str | None:
     """Why compiled Triton kernels cannot run on a CUDA or ROCm device, or None: found out once for a device."""
     return _probe(device.index if device.index is not None else torch.cuda.current_device())
+
+
+# What torch.compiler.assume_constant_result sets; that imports the compiler, which is half of our own import time.
+unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache
