@@ -12,6 +12,7 @@ What must outlive a call (gradients, losses, seeds) are tensors made outside, wh
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -86,6 +87,10 @@ class Captured:
             causes: list[BaseException] = [error]
             while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
                 causes.append(cause)
+            with suppress(
+                RuntimeError
+            ):  # where the capture could not be ended, the allocator would stay in its pool
+                torch._C._cuda_endAllocateToPool(self.place.stream.device_index, self.place.pool)
             for cause in causes:
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None

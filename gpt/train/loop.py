@@ -40,7 +40,7 @@ from .checkpoint import (
     save_checkpoint,
     start_run,
 )
-from .device import keep_freed_memory, pick_device, pick_dtype
+from .device import keep_freed_memory, pick_device, pick_dtype, settled_heap
 from .display import Display, program
 from .memory import explained, largest_micro_batch
 from .metrics import (
@@ -93,7 +93,7 @@ def train(
     with use_backend(config.train.backend):
         session = prepare(config, out, resume, origins or {})
         limits = explained(session.config.model, session.config.train, session.step.device)
-        with _interruption() as interrupted, session.display, closing(session.log), limits:
+        with _interruption() as interrupted, session.display, closing(session.log), limits, settled_heap():
             run_steps(session, interrupted)
         if interrupted:
             session.display.say(
