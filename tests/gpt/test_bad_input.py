@@ -36,6 +36,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("no_text").mkdir()
         Path("key.toml").write_text("[model]\nn_layr = 3\n")
         Path("type.toml").write_text("steps = true\n")
+        Path("micro.toml").write_text("micro_batch = 'many'\n")
         Path("syntax.toml").write_text("steps = 3\nlr 0.5\n")
 
         torch.manual_seed(0)
@@ -132,6 +133,7 @@ CASES = {
     "learning rate that is no number": (f"{TRAIN} --lr nan", ["lr = nan", "from 0 up"]),
     "steps 0": (f"{TRAIN} --steps 0", ["steps = 0", "from 1 up"]),
     "micro-batch that does not divide": (f"{TRAIN} --batch-size 8 --micro-batch 3", ["micro_batch = 3", "8"]),
+    "micro-batch that is no number": (f"{TRAIN} --config micro.toml", ["micro_batch = 'many'", "or 'auto'"]),
     # runs
     "missing run": ("generate runs/tin", ["runs/tin", "did you mean 'tiny'"]),
     "folder that is no run": ("evaluate no_text", ["no_text", "config.toml"]),

@@ -1,5 +1,6 @@
 """Training as a whole on tiny models: it learns, it resumes bit for bit, and it stops the way it says."""
 
+import gzip
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from fusedgpt.gpt.evaluate import document_batches, mean_loss
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import loop
+from fusedgpt.gpt.train import step as step_module
 from fusedgpt.gpt.train.checkpoint import checkpoints, load_run, model_tensors
 from fusedgpt.gpt.train.loop import TrainingError, train
 from fusedgpt.gpt.train.metrics import read_metrics
@@ -71,10 +73,18 @@ def test_a_run_learns_and_leaves_what_the_design_lists(config, tmp_path):
     assert [p.name for p in checkpoints(run)] == ["step-000054", "step-000060"], "the newest two stay"
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("micro_batch", [0, 2])
-def test_a_resumed_run_continues_bit_for_bit(config, tmp_path, optimizer, micro_batch):
-    config = with_train(config, optimizer=optimizer, micro_batch=micro_batch, schedule="constant")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": "adamw", "micro_batch": 0},
+        {"optimizer": "adamw", "micro_batch": 2},
+        {"optimizer": "muon", "micro_batch": 2},
+        {"optimizer": "adamw", "dtype": "float16"},  # whose loss scale has moved by the time it is saved
+    ],
+)
+def test_a_resumed_run_continues_bit_for_bit(config, tmp_path, monkeypatch, changes):
+    monkeypatch.setattr(step_module, "GROWTH_INTERVAL", 4)
+    config = with_train(config, **changes, schedule="constant")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(config, whole)
     train(with_train(config, steps=6), parts)
@@ -158,6 +168,68 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monk
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_way_back(config, tmp_path):
     with pytest.raises(TrainingError, match=r"loss became nan.*--lr"):
         train(with_train(config, lr=1e30, grad_clip=0.0, warmup_steps=0), tmp_path / "run")
+
+
+class Poisoned(TrainStep):
+    """Its second step's gradients are not finite, and its second loss is no number."""
+
+    def update(self):
+        if self.step == 1:
+            self.gradients.buffer[0] = float("inf")
+            self.loss.fill_(float("nan"))
+        super().update()
+
+
+def test_a_skipped_step_is_reported_and_training_goes_on(config, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    monkeypatch.setattr(loop, "TrainStep", Poisoned)
+    train(with_train(config, log_interval=3), run)
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    assert [record.get("skipped") for record in records] == [1, None, None, None]
+    assert all(record["loss"] < 4.0 for record in records), "the other steps' losses"
+    assert "1 of the last 3 steps skipped: their gradients were not finite" in capsys.readouterr().out
+
+
+def test_out_of_memory_says_what_helps_at_the_start_and_later(config, tmp_path, monkeypatch):
+    class Greedy(TrainStep):
+        def micro_step(self, inputs, targets):
+            if self.step == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            super().micro_step(inputs, targets)
+
+    monkeypatch.setattr(loop, "TrainStep", Greedy)
+    with pytest.raises(TrainingError, match=r"out of memory: .*4 x 16 tokens.*--micro-batch 2"):
+        train(config, tmp_path / "run")
+
+    def greedy(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loop, "build_optimizers", greedy)
+    with pytest.raises(TrainingError, match=r"out of memory: .*--micro-batch 2"):
+        train(config, tmp_path / "other")
+
+
+def test_micro_batch_auto_is_settled_and_saved_with_its_origin(config, tmp_path):
+    run = tmp_path / "run"
+    train(with_train(config, micro_batch="auto"), run)
+    assert any(
+        line.startswith("micro_batch = 4 ") and line.endswith("# from the device")
+        for line in (run / "config.toml").read_text().splitlines()
+    )
+
+
+@pytest.mark.parametrize(("steps", "traced"), [(9, "6 to 8"), (2, "1 to 2")])
+def test_a_profile_is_a_trace_and_a_table(config, tmp_path, capsys, steps, traced):
+    run = tmp_path / "run"
+    train(with_train(config, steps=steps, profile=True), run)
+    events = json.loads(gzip.decompress((run / "trace.json.gz").read_bytes()))["traceEvents"]
+    updates = [event for event in events if "Optimizer.step#AdamW" in event.get("name", "")]
+    first, _, last = traced.split()
+    assert len(updates) == int(last) - int(first) + 1
+    out = capsys.readouterr().out
+    assert "aten::addmm" in out
+    assert "Self CPU" in out
+    assert f"trace of steps {traced} of this run: {run}/trace.json.gz" in out
 
 
 def test_a_second_run_does_not_write_over_the_first(config, tmp_path):
