@@ -1,0 +1,272 @@
+"""What only a GPU can show of training: steps as CUDA graphs, no waiting for the device, its memory, its profile."""
+
+import gzip
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle, repeat
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fusedgpt.data.loader import TokenLoader
+from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.model import GPT
+from fusedgpt.gpt.optim import build_optimizers
+from fusedgpt.gpt.train import graph
+from fusedgpt.gpt.train.graph import Captured
+from fusedgpt.gpt.train.loop import train
+from fusedgpt.gpt.train.memory import largest_micro_batch
+from fusedgpt.gpt.train.metrics import read_metrics
+from fusedgpt.gpt.train.step import TrainingError, TrainStep
+from fusedgpt.kernels._triton import INTERPRETED
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that Triton compiles for"
+)
+
+GPU = torch.device("cuda")
+SHAPE = ModelConfig(
+    500,
+    context_length=64,
+    n_layer=2,
+    n_head=2,
+    n_embd=128,
+    embd_dropout=0.1,
+    attn_dropout=0.1,
+    resid_dropout=0.1,
+)
+NO_DROPOUT = replace(SHAPE, embd_dropout=0.0, attn_dropout=0.0, resid_dropout=0.0)
+SETTINGS = TrainConfig(
+    steps=40, batch_size=8, micro_batch=4, lr=1e-3, warmup_steps=5, dtype="bfloat16", device="cuda"
+)
+Batch = tuple[Tensor, Tensor]
+
+
+def batches(*shapes: tuple[int, int]) -> Iterator[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    for rows, length in cycle(shapes or [(4, 64)]):
+        tokens = torch.randint(500, (rows, length + 1), generator=generator).to(GPU)
+        yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def make(
+    settings: TrainConfig = SETTINGS, shape: ModelConfig = SHAPE, data: Iterator[Batch] | None = None
+) -> TrainStep:
+    torch.manual_seed(0)
+    with torch.device(GPU):
+        model = GPT(shape)
+    return TrainStep(model, build_optimizers(model, settings), data or batches(), settings)
+
+
+def run(step: TrainStep, steps: int) -> list[Tensor]:
+    """Losses and gradient norms of so many steps, and the weights after them."""
+    results = torch.stack([torch.stack(step()) for _ in range(steps)])
+    return [results, *(p.detach().clone() for p in step.model.parameters())]
+
+
+def equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def graphs(function: object) -> int:
+    assert isinstance(function, Captured)
+    assert not function.failed
+    return len(function.graphs)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"optimizer": "muon"}, {"dtype": "float16"}, {"activation_checkpointing": True, "grad_clip": 0.0}],
+    ids=["adamw", "muon", "float16", "checkpointing"],
+)
+def test_a_captured_step_has_the_losses_of_the_uncaptured(changes: dict) -> None:
+    captured = make(replace(SETTINGS, **changes))
+    plain = make(replace(SETTINGS, **changes, cuda_graph="off"))
+    ours, theirs = run(captured, 20), run(plain, 20)
+    assert not isinstance(plain.run_micro_step, Captured)
+    assert graphs(captured.run_micro_step) == 1
+    if captured.optimizers.capturable:
+        assert graphs(captured.run_update) == 1
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3)  # the better message
+    assert equal(ours, theirs)
+    assert torch.equal(captured.seed, plain.seed)
+    assert captured.step == plain.step == 20
+
+
+def test_each_replay_draws_new_masks_and_repeats_nothing_else() -> None:
+    batch = next(batches())
+    still = replace(SETTINGS, batch_size=4, lr=0.0)
+    step = make(still, data=repeat(batch))
+    first = step.seed.item()
+    losses = [step()[0].item() for _ in range(6)]
+    assert len(set(losses)) == 6
+    assert step.seed.item() == first + 6
+    step = make(still, NO_DROPOUT, repeat(batch))
+    assert len({step()[0].item() for _ in range(6)}) == 1
+
+
+def test_nothing_waits_for_the_device_between_log_points() -> None:
+    tokens = np.random.default_rng(0).integers(500, size=20_000).astype(np.uint16)
+    step = make(data=TokenLoader([tokens], 64, 4, device=GPU))
+    run(step, 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = [step() for _ in range(8)]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(loss.isfinite() for loss, _ in results)
+    assert graphs(step.run_micro_step) == graphs(step.run_update) == 1
+
+
+@pytest.mark.parametrize("room", [8, 1])
+def test_other_shapes_are_captured_too_as_far_as_there_is_room(
+    room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-steps a step and three shapes in turn: shapes change inside steps, with gradients in the buffer."""
+    monkeypatch.setattr(graph, "MAX_SHAPES", room)
+    shapes = [(4, 64), (3, 64), (4, 32)]
+    captured = make(data=batches(*shapes))
+    plain = make(replace(SETTINGS, cuda_graph="off"), data=batches(*shapes))
+    assert equal(run(captured, 12), run(plain, 12))
+    assert graphs(captured.run_micro_step) == min(3, room)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_step_that_is_not_finite_is_skipped_inside_the_graph(dtype: str) -> None:
+    step, clean = (make(replace(SETTINGS, batch_size=4, dtype=dtype), data=batches()) for _ in range(2))
+    run(step, 4)
+    before = run(clean, 4)
+    state = [t.clone() for parts in step.optimizers.state().values() for t in parts.values()]
+    scale = step.loss_scale.item()
+    held = step.seed.clone()
+    step.run_micro_step(*next(batches()))
+    step.gradients.buffer[5] = float("inf")
+    step.run_update()
+    assert step.skipped.item() == 1
+    assert not step.gradients.buffer.any()
+    assert equal([*step.model.parameters()], before[1:])
+    assert equal([t for parts in step.optimizers.state().values() for t in parts.values()], state)
+    assert step.loss_scale.item() == (scale / 2 if dtype == "float16" else 1.0)
+    step.seed.copy_(held)  # the skipped step has drawn one
+    if dtype == "bfloat16":
+        assert equal(run(step, 3), run(clean, 3)), "and training goes on as if it had not been"
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
+    settings = replace(
+        SETTINGS,
+        data=str(tmp_path / "text.txt"),
+        tokenizer="char",
+        schedule="constant",
+        steps=12,
+        log_interval=1,
+        eval_interval=4,
+        save_interval=6,
+        sample_tokens=8,
+    )
+    return RunConfig(SHAPE, settings)
+
+
+def losses(folder: Path) -> list[float]:
+    records = read_metrics(folder / "metrics.jsonl")
+    return [record[key] for record in records for key in ("loss", "val_loss") if key in record]
+
+
+def with_train(config: RunConfig, **changes: object) -> RunConfig:
+    return replace(config, train=replace(config.train, **changes))  # type: ignore[arg-type]
+
+
+def test_evaluation_samples_checkpoints_and_resuming_go_around_the_graphs(
+    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    train(config, tmp_path / "whole")
+    train(with_train(config, cuda_graph="off"), tmp_path / "plain")
+    train(with_train(config, steps=6), tmp_path / "parts")
+    train(config, tmp_path / "parts", resume=True)
+    whole = losses(tmp_path / "whole")
+    assert len(whole) == 12 + 4
+    assert losses(tmp_path / "plain") == whole
+    resumed = [r for r in read_metrics(tmp_path / "parts" / "metrics.jsonl") if "loss" in r]
+    straight = [r for r in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "loss" in r]
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in straight]
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_a_profile_shows_the_graphs_kernels(config: RunConfig, tmp_path: Path) -> None:
+    train(with_train(config, steps=9, profile=True), tmp_path / "run")
+    trace = json.loads(gzip.decompress((tmp_path / "run" / "trace.json.gz").read_bytes()))
+    events = trace["traceEvents"]
+    assert any(event.get("cat") == "kernel" for event in events)
+    assert sum("GraphLaunch" in event.get("name", "") for event in events) >= 3 * 3, (
+        "two micro-steps and an update"
+    )
+
+
+@pytest.fixture
+def one_gibibyte() -> Iterator[None]:
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(GPU).total_memory
+    torch.cuda.set_per_process_memory_fraction((2**30 + torch.cuda.memory_reserved()) / total)
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def test_the_largest_micro_batch_is_found(config: RunConfig, one_gibibyte: None) -> None:
+    large = RunConfig(SHAPE, replace(SETTINGS, batch_size=4096, micro_batch="auto"))
+    before = torch.cuda.memory_allocated()
+    size = largest_micro_batch(large, GPU)
+    assert size in {2**n for n in range(5, 12)}, "262,144 tokens do not fit, 2,048 do"
+    assert largest_micro_batch(replace(large, train=replace(large.train, batch_size=24)), GPU) == 24
+    assert torch.cuda.memory_allocated() < before + 2**28, "what was tried is gone"
+
+
+def test_running_out_of_memory_says_what_helps(config: RunConfig, tmp_path: Path, one_gibibyte: None) -> None:
+    greedy = with_train(config, batch_size=4096, micro_batch=4096)
+    with pytest.raises(
+        TrainingError, match=r"out of memory: .* has .* GiB, and .*--micro-batch 2048 .* less"
+    ):
+        train(greedy, tmp_path / "run")
+
+
+def test_a_step_that_cannot_be_captured_runs_uncaptured_and_says_so() -> None:
+    """In a process of its own: a capture that fails may leave the context in any state."""
+    program = """
+        import torch
+        from tests_gpu import make, run, SETTINGS, replace, TrainStep
+        class Waiting(TrainStep):
+            def micro_step(self, inputs, targets):
+                super().micro_step(inputs, targets)
+                self.loss.item()
+        import tests_gpu
+        plain = run(make(replace(SETTINGS, cuda_graph="off")), 6)
+        tests_gpu.TrainStep = Waiting
+        step = make()
+        results = run(step, 6)
+        assert step.run_micro_step.failed
+        assert all(torch.equal(a, b) for a, b in zip(plain, results, strict=True))
+    """
+    load = f"""
+        import importlib.util, sys
+        spec = importlib.util.spec_from_file_location("tests_gpu", {__file__!r})
+        module = sys.modules["tests_gpu"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(load) + textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "warning: forward and backward runs without a CUDA graph" in done.stderr
