@@ -157,6 +157,10 @@ def test_float16_clips_and_reports_the_norm_without_its_scale() -> None:
     assert loss16.item() == pytest.approx(loss.item(), rel=1e-3)
     assert norm16.item() == pytest.approx(norm.item(), rel=1e-2)
     assert norm.item() > SETTINGS.grad_clip, "so clipping is part of this"
+    moments = [
+        both.optimizers.state()[id(both.model.wpe.weight)]["exp_avg"].norm().item() for both in (wide, narrow)
+    ]
+    assert moments[1] == pytest.approx(moments[0], rel=1e-2), "AdamW's weights alone hide a wrong scale"
 
 
 def test_micro_batches_of_any_shape_add_up() -> None:
