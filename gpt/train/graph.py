@@ -43,44 +43,48 @@ class _Graph(NamedTuple):
 
 
 class Captured:
-    """`function` with its CUDA graphs; called like it.
+    """The CUDA graphs of one function, by the shapes of its inputs.
 
     A capture that fails is said on stderr, and the function runs uncaptured from then on.
 
     Args:
         name: of the function in that message.
-        function: changes tensors in place and returns nothing; no input of it is needed after the call.
         place: where it runs and is captured.
     """
 
-    def __init__(self, name: str, function: Callable[..., None], place: Place) -> None:
-        self.name, self.function, self.place = name, function, place
+    def __init__(self, name: str, place: Place) -> None:
+        self.name, self.place = name, place
         self.graphs: dict[Any, _Graph] = {}
         self.ran: set[Any] = set()  # shapes that need no more initialisation
         self.failed = False
 
-    def __call__(self, *inputs: Tensor) -> None:
+    def __call__(self, function: Callable[..., None], *inputs: Tensor) -> None:
+        """Do what function(*inputs) does: change tensors in place; it returns nothing and keeps no input.
+
+        Args:
+            function: the same at every call.
+        """
         shape = tuple((tuple(t.shape), t.dtype) for t in inputs)
         if shape not in self.graphs:
             room = len(self.graphs) < MAX_SHAPES and not self.failed
-            graph = self._capture(inputs) if shape in self.ran and room else None
+            graph = self._capture(function, inputs) if shape in self.ran and room else None
             if graph is None:
                 self.ran.add(shape)
-                self._run(inputs)
+                self._run(function, inputs)
                 return
             self.graphs[shape] = graph
         for static, given in zip(self.graphs[shape].inputs, inputs, strict=True):
             static.copy_(given, non_blocking=True)
         self.graphs[shape].graph.replay()
 
-    def _run(self, inputs: tuple[Tensor, ...]) -> None:
+    def _run(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
         current = torch.cuda.current_stream(self.place.device)
         self.place.stream.wait_stream(current)
         with torch.cuda.stream(self.place.stream):
-            self.function(*inputs)
+            function(*inputs)
         current.wait_stream(self.place.stream)
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
+    def _capture(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> _Graph | None:
         static = tuple(t.clone() for t in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -89,7 +93,7 @@ class Captured:
                 torch.cuda.stream(self.place.stream),
                 torch.cuda.graph(graph, pool=self.place.pool, stream=self.place.stream),
             ):
-                self.function(*static)
+                function(*static)
         except Exception as error:  # whatever a library or an operator does that a capture forbids
             causes: list[BaseException] = [error]
             while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:

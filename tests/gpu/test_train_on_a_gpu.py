@@ -20,7 +20,6 @@ from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import graph
-from fusedgpt.gpt.train.graph import Captured
 from fusedgpt.gpt.train.loop import train
 from fusedgpt.gpt.train.memory import largest_micro_batch
 from fusedgpt.gpt.train.metrics import read_metrics
@@ -75,10 +74,10 @@ def equal(a: list[Tensor], b: list[Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def graphs(function: object) -> int:
-    assert isinstance(function, Captured)
-    assert not function.failed
-    return len(function.graphs)
+def graphs(step: TrainStep) -> dict[str, int]:
+    """How many graphs there are of each function."""
+    assert not any(captured.failed for captured in step.graphs.values())
+    return {name: len(captured.graphs) for name, captured in step.graphs.items()}
 
 
 @pytest.mark.parametrize(
@@ -90,10 +89,9 @@ def test_a_captured_step_has_the_losses_of_the_uncaptured(changes: dict) -> None
     captured = make(replace(SETTINGS, **changes))
     plain = make(replace(SETTINGS, **changes, cuda_graph="off"))
     ours, theirs = run(captured, 20), run(plain, 20)
-    assert not isinstance(plain.run_micro_step, Captured)
-    assert graphs(captured.run_micro_step) == 1
-    if captured.optimizers.capturable:
-        assert graphs(captured.run_update) == 1
+    assert not plain.graphs
+    expected = {"micro_step": 1} if changes.get("optimizer") == "muon" else {"micro_step": 1, "update": 1}
+    assert graphs(captured) == expected
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-3)  # the better message
     assert equal(ours, theirs)
     assert torch.equal(captured.seed, plain.seed)
@@ -122,7 +120,7 @@ def test_nothing_waits_for_the_device_between_log_points() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(loss.isfinite() for loss, _ in results)
-    assert graphs(step.run_micro_step) == graphs(step.run_update) == 1
+    assert graphs(step) == {"micro_step": 1, "update": 1}
 
 
 @pytest.mark.parametrize("room", [8, 1])
@@ -135,7 +133,7 @@ def test_other_shapes_are_captured_too_as_far_as_there_is_room(
     captured = make(data=batches(*shapes))
     plain = make(replace(SETTINGS, cuda_graph="off"), data=batches(*shapes))
     assert equal(run(captured, 12), run(plain, 12))
-    assert graphs(captured.run_micro_step) == min(3, room)
+    assert graphs(captured)["micro_step"] == min(3, room)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -146,9 +144,9 @@ def test_a_step_that_is_not_finite_is_skipped_inside_the_graph(dtype: str) -> No
     state = [t.clone() for parts in step.optimizers.state().values() for t in parts.values()]
     scale = step.loss_scale.item()
     held = step.seed.clone()
-    step.run_micro_step(*next(batches()))
+    step.run(step.micro_step, *next(batches()))
     step.gradients.buffer[5] = float("inf")
-    step.run_update()
+    step.run(step.update)
     assert step.skipped.item() == 1
     assert not step.gradients.buffer.any()
     assert equal([*step.model.parameters()], before[1:])
@@ -253,7 +251,7 @@ def test_a_step_that_cannot_be_captured_runs_uncaptured_and_says_so() -> None:
         tests_gpu.TrainStep = Waiting
         step = make()
         results = run(step, 6)
-        assert step.run_micro_step.failed
+        assert step.graphs["micro_step"].failed
         assert all(torch.equal(a, b) for a, b in zip(plain, results, strict=True))
     """
     load = f"""
