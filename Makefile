@@ -21,7 +21,7 @@ help:
 	@echo 'make train   trains a small GPT on the embedded corpus, about two minutes on two CPU cores: runs/tales'
 	@echo 'make test    all tests'
 	@echo 'make check   ruff and mypy'
-	@echo 'make bench   what is faster, by how much, on this machine'
+	@echo 'make bench   what is faster, by how much, on this machine: operators, step, memory, start-up, text; 3 minutes on a CPU'
 	@echo 'make gpu     on a machine with a GPU: parity, tests, sanitizer and timings, within eight minutes: bench/results/'
 	@echo 'make kernels-report  every kernel compiled for four architectures, no GPU needed: registers, spills, shared memory'
 	@echo 'make clean   removes .venv, caches and build output, never runs/'
@@ -44,7 +44,7 @@ check: $(LINK)/fusedgpt
 
 bench: $(LINK)/fusedgpt
 	$(prepare) bench
-	$(PYTHON) -m fusedgpt.bench step $(ARGS)
+	$(PYTHON) -m fusedgpt.bench all $(ARGS)
 
 gpu: $(LINK)/fusedgpt
 	$(prepare) test parquet

@@ -1,39 +1,32 @@
 """`make gpu`: all that only a GPU can show, in one command that ends within eight minutes.
 
-Parity of every kernel at full size, the tests of tests/gpu, compute-sanitizer, the operators' times and the step's.
-Each part is a process of its own with a limit in time, so one that hangs or breaks the GPU's context takes none of
-the others with it; what a part found before it was stopped is kept.
+Parity of every kernel at full size, the tests of tests/gpu, compute-sanitizer, everything that `bench all` measures, and with
+what is left of the time the tile sweep. Each part is a process of its own (`parts.py`).
 """
 
-import datetime
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 
 from ..kernels import add_layer_norm, causal_attention, dropout, embed, layer_norm, linear, use_backend
 from ..kernels.backend import TRITON_OPERATORS
 from ..kernels.selfcheck import Example, parity
-from . import ops
-from .record import clocks, commit
-from .timing import full_rows, require_gpu, versions
+from . import ops, record, suite, tile_sweep
+from .parts import Options, Part, Row, part_main, run_parts
+from .sizes import workload
+from .timing import full_rows, require_gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-Record = dict[
-    str, Any
-]  # one result; "ok" is False where something is wrong and absent where nothing is judged
+SECONDS = 465.0  # of all parts together: within eight minutes
 
 
 def full_size(operator: str, rows: int) -> dict[str, Example]:
@@ -77,7 +70,7 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
         "add_layer_norm": {f"{rows} x {c}, p = {p}": add(c, p) for c in widths for p in (0.0, 0.1)},
         "linear": {f"{rows} x {c} to {n}": project(c, n) for c, n in ((768, 2304), (1600, 1600))},
         "attention": {
-            f"4 x {t} x 3 x {c}, p = {p}": heads(t, c, p)
+            f"4 x {min(t, rows)} x 3 x {c}, p = {p}": heads(min(t, rows), c, p)
             for t, c in ((1024, 768), (777, 1600))
             for p in (0.0, 0.1)
         },
@@ -89,7 +82,7 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
 # ---- the parts: what each finds, as it finds it
 
 
-def check_parity() -> Iterator[Record]:
+def check_parity(_: Options) -> Iterator[Row]:
     device = require_gpu()
     for operator in sorted(TRITON_OPERATORS):
         for name, example in full_size(operator, full_rows(device)).items():
@@ -104,7 +97,7 @@ def check_parity() -> Iterator[Record]:
                 yield {**what, "error": error, "allowed": allowed, "ok": error <= allowed}
 
 
-def run_tests() -> Iterator[Record]:
+def run_tests(_: Options) -> Iterator[Row]:
     folder = ROOT / "tests"
     if not (folder / "gpu").is_dir():
         yield {"left out": "no tests here: they are in the repository, not in the package"}
@@ -123,7 +116,7 @@ def run_tests() -> Iterator[Record]:
         if not report.exists():
             raise RuntimeError((done.stderr or done.stdout).strip()[-400:])
         for case in ElementTree.parse(report).iter("testcase"):
-            record: Record = {"test": case.get("name"), "seconds": float(case.get("time", 0))}
+            record: Row = {"test": case.get("name"), "seconds": float(case.get("time", 0))}
             if (skipped := case.find("skipped")) is not None:
                 yield {**record, "left out": skipped.get("message", "")}
                 continue
@@ -132,7 +125,7 @@ def run_tests() -> Iterator[Record]:
             yield {**record, "ok": not failures, **({"message": message} if failures else {})}
 
 
-def sanitize() -> Iterator[Record]:
+def sanitize(_: Options) -> Iterator[Row]:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if tool is None:
         yield {"left out": "compute-sanitizer is not installed"}
@@ -144,7 +137,7 @@ def sanitize() -> Iterator[Record]:
         yield {"check": check, **sanitizer_verdict(done.stdout + done.stderr)}
 
 
-def sanitizer_verdict(text: str) -> Record:
+def sanitizer_verdict(text: str) -> Row:
     """Out of what compute-sanitizer printed: whether all is well, or why it could not watch."""
     found = re.search(r"(?:ERROR SUMMARY: (\d+) error)|(?:RACECHECK SUMMARY: (\d+) hazard)", text)
     if found is None or not re.search(r"^ran \d+ operators", text, re.MULTILINE):
@@ -157,36 +150,17 @@ def sanitizer_verdict(text: str) -> Record:
     return {"ok": count == 0, "message": f"{count} found"}
 
 
-def time_operators() -> Iterator[Record]:
-    device = require_gpu()
-    most = ops.ceilings(device)
-    yield {"ceilings": most._asdict(), "clocks": clocks(device)}
-    # the last operator begun, its peers' compilation included, may take what remains of the part's time
-    for row in ops.measure(device, most, rounds=20, seconds=PARTS["operators"].seconds - 20):
-        yield asdict(row)
-    yield {"clocks": clocks(device)}
+def sweep_tiles(options: Options) -> Iterator[Row]:
+    for text in tile_sweep.run_tiles(seconds=0.8 * options["seconds"]):
+        yield {"row": text}
 
 
-def time_step() -> Iterator[Record]:
-    from .step import gpu_sides
-
-    for row in gpu_sides(require_gpu()):
-        yield asdict(row)
-
-
-class Part(NamedTuple):
-    run: Callable[[], Iterator[Record]]
-    seconds: int  # the most it may take
-    judges: bool  # whether its failure is ours: a timing may fail for a peer's sake
-
-
-# seven and a half minutes together
 PARTS = {
-    "parity": Part(check_parity, 80, True),
-    "tests": Part(run_tests, 90, True),
-    "sanitizer": Part(sanitize, 80, True),
-    "operators": Part(time_operators, 100, False),
-    "step": Part(time_step, 100, False),
+    "parity": Part(check_parity, 80, judges=True),
+    "tests": Part(run_tests, 80, judges=True),
+    "sanitizer": Part(sanitize, 60, judges=True),
+    **suite.PARTS,
+    "tiles": Part(sweep_tiles, 300),
 }
 
 
@@ -203,95 +177,61 @@ def run_gpu(out: Path | None = None) -> int:
         ValueError: there is no GPU that Triton kernels run on.
     """
     device = require_gpu()
-    today = str(datetime.date.today())
-    parts: dict[str, Record] = {}
-    software = versions(device)
-    record: Record = {"date": today, "commit": commit(), "versions": software, "parts": parts}
+    found: Row = {"kind": "gpu", **record.machine(device), "clocks": [record.clocks(device)]}
     folder = out or Path(os.environ.get("OUT") or ROOT / "bench" / "results")
-    folder.mkdir(parents=True, exist_ok=True)
-    slug = re.sub(r"[^a-z0-9]+", "-", software["device"].lower()).strip("-")
-    file = folder / f"{slug}-{today}.json"
-    for name, part in PARTS.items():
-        print(f"{name} ...", flush=True)
-        parts[name] = run_part(name, part.seconds)
-        file.write_text(json.dumps(record, indent=1) + "\n")  # after each: a machine may go away
+    file = folder / suite.record_name(device)
+    options = suite.options_of(workload(device_name=str(device)))
+    with tempfile.TemporaryDirectory() as caches:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches  # what one part compiles the next need not
+        run_parts("fusedgpt.bench.gpu", PARTS, options, found, file, SECONDS)
+    found["clocks"].append(record.clocks(device))
+    record.write(file, found)
+    suite.draw(found, folder)
     print()
-    print("\n".join(summary(record)))
+    print("\n".join(summary(found)))
     print(f"\n{file}")
-    return 1 if any(wrong(name, part) for name, part in parts.items()) else 0
+    return 1 if any(wrong(name, found) for name in found["parts"]) else 0
 
 
-def run_part(name: str, seconds: int) -> Record:
-    """Run a part in a process of its own, for so many seconds at most."""
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory() as scratch:
-        rows = Path(scratch, "rows.jsonl")
-        command = [sys.executable, "-m", "fusedgpt.bench.gpu", name, str(rows)]
-        process = subprocess.Popen(
-            command,
-            # this process's path: the clone itself is not on it, see __main__.py
-            env=os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,  # so that what the part starts ends with it
-        )
-        error = ""
-        try:
-            printed, _ = process.communicate(timeout=seconds)
-            if process.returncode:
-                error = (printed.strip().splitlines() or ["it printed nothing"])[-1]
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            printed, _ = process.communicate()
-            error = f"stopped after {seconds} s"
-        lines = rows.read_text().splitlines() if rows.exists() else []
-    result: Record = {
-        "seconds": round(time.monotonic() - began, 1),
-        "rows": [json.loads(text) for text in lines],
-    }
-    if error:
-        result |= {"error": error, "printed": printed[-4000:]}
-    return result
+def rows_of(name: str, found: Row) -> list[Row]:
+    return [row for row in found["rows"] if row["benchmark"] == name]
 
 
-def wrong(name: str, part: Record) -> bool:
+def wrong(name: str, found: Row) -> bool:
     """Whether a part found something wrong, or broke. One that only ran out of time did not."""
-    broke = "error" in part and not part["error"].startswith("stopped after")
-    return any(row.get("ok") is False for row in part["rows"]) or (broke and PARTS[name].judges)
+    error = found["parts"][name].get("error", "stopped")
+    broke = not error.startswith("stopped")
+    return any(row.get("ok") is False for row in rows_of(name, found)) or (broke and PARTS[name].judges)
 
 
-def summary(record: Record) -> Iterator[str]:
+def summary(found: Row) -> Iterator[str]:
     """A short table: what each part found, what is wrong, and the times."""
-    about = (f"{name} {value}" for name, value in record["versions"].items())
-    yield " · ".join([*about, record["commit"] or "outside a clone"])
-    for name, part in record["parts"].items():
-        rows = part["rows"]
+    yield suite.about(found)
+    for clocks in found["clocks"]:
+        if clocks:
+            yield clocks
+    for name, status in found["parts"].items():
+        rows = rows_of(name, found)
         judged = [row for row in rows if "ok" in row]
         text = (
             f"{sum(row['ok'] for row in judged)} of {len(judged)} right" if judged else f"{len(rows)} figures"
         )
-        yield f"{name:<12}{part['seconds']:>6.0f} s  {text}  {part.get('error', '')}".rstrip()
+        yield f"{name:<12}{status['seconds']:>6.0f} s  {text}  {status.get('error', '')}".rstrip()
         for row in rows:
             if row.get("ok") is False:
                 yield "    WRONG " + ", ".join(f"{key} {value}" for key, value in row.items() if key != "ok")
             elif "left out" in row:
                 yield f"    left out: {row.get('test', row.get('check', ''))} {row['left out']}"
-    yield from ops.summary(record["parts"].get("operators", {}).get("rows", []))
-    for row in record["parts"].get("step", {}).get("rows", []):
-        mfu = f", MFU {row['mfu']:.1%}" if row["mfu"] else ""
-        speed = f"{row['milliseconds']:.1f} ms, {row['tokens_per_second']:,.0f} tokens/s{mfu}"
-        yield f"step {row['name']:<40}{speed}, {row['gigabytes']:.1f} GB, {row['ratio']:.2f} of ours"
+    yield from ops.summary(rows_of("ops", found))
+    for name in suite.MEASUREMENTS:
+        if rows := rows_of(name, found):
+            yield from ("", *suite.table(name, rows))
+    if rows := rows_of("tiles", found):
+        yield from ("", "tiles, to paste into kernels/tiles.py:", *(row["row"] for row in rows))
 
 
-def main(name: str, file: str) -> None:
-    """A part's own process: its findings go into the file line by line."""
-    with open(file, "w", buffering=1) as rows:
-        for row in PARTS[name].run():
-            # JSON has no NaN
-            rows.write(
-                json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n"
-            )
+def main(name: str, file: str, options: str) -> None:
+    part_main(PARTS, name, file, options)
 
 
 if __name__ == "__main__":

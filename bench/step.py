@@ -1,37 +1,29 @@
 """The whole training step (forward, backward, clipping, AdamW) beside other GPT-2 implementations, in one run.
 
-The sides take turns, step by step, on the same random batches, so a machine whose speed drifts favours none; what is
-reported is the median of each side and the median of the ratios of neighbouring steps. Before any time is printed the
-first losses are compared.
+Every side is built from the same weights and does its first steps on the same batches, alone, which is when its peak
+memory is taken; one whose first loss or gradient norm is not ours is not timed. Then the sides take turns on
+the same batches, so a machine whose speed drifts favours none; what is reported is the median of each side and the
+median of the ratios of neighbouring turns. Compiled sides come last and take their turns with ours once more. On a GPU a turn is several steps with no wait between them, as in training.
 """
 
-import json
-import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
 
-from ..gpt.config import ModelConfig
 from ..gpt.model import GPT
+from ..gpt.train.device import keep_freed_memory
 from ..gpt.train.metrics import Speedometer
-from ..kernels import use_backend
-from .peers import Peer, build_model, fusedgpt, nanogpt, transformers_gpt2
-from .timing import memory
+from .memory import failure, first_steps, release
+from .peers import Side, builders
+from .sizes import Workload
 
-# (batch, configuration): sizes that two CPU cores step through in a fraction of a second
-SIZES: dict[str, tuple[int, ModelConfig]] = {
-    "tiny": (12, ModelConfig(65, context_length=64, n_layer=4, n_head=4, n_embd=128)),
-    "small": (8, ModelConfig(4096, context_length=256, n_layer=4, n_head=4, n_embd=192)),
-    "gpt2": (1, ModelConfig(50257, context_length=256)),
-}
-LOSS_TOLERANCE = 2e-3  # relative; nanoGPT's exact GELU differs by less, and so does bfloat16
+# Relative. nanoGPT's exact GELU differs by less, and so does bfloat16; with dropout every side draws its own masks.
+LOSS_TOLERANCE, NORM_TOLERANCE, DROPOUT_TOLERANCE = 2e-3, 2e-2, 2e-2
+BURST = 4  # steps of a turn on a GPU: the host runs ahead, as it does in training
 
 
 @dataclass
@@ -39,152 +31,141 @@ class Row:
     """One side of a comparison."""
 
     name: str
-    milliseconds: float
-    tokens_per_second: float
-    ratio: float  # its time over ours
-    loss: float
+    case: str
+    side: str
+    milliseconds: float | None = None  # None where it was not timed: `note` says why
+    tokens_per_second: float | None = None
+    ratio: float | None = None  # its time over ours
     mfu: float | None = None  # on a GPU whose peak is known
-    gigabytes: float | None = (
-        None  # on a GPU: the most that the step needs beside weights and optimizer state
-    )
+    gigabytes: float | None = None  # the most that its tensors take: weights, optimizer and all
+    loss: float | None = None  # of the first step
+    note: str = ""
 
 
-def run_step(
-    size: str = "tiny", rounds: int = 60, nanogpt_folder: Path | None = None, out: Path | None = None
-) -> list[Row]:
-    """Time a training step of every side and print a table.
+def measure(
+    work: Workload, rounds: int = 40, seconds: float = 120, nanogpt_folder: Path | None = None
+) -> Iterator[Row]:
+    """Time a training step of every side.
 
     Args:
-        size: tiny, small or gpt2.
-        rounds: steps of each side; the first tenth are warm-up.
-        nanogpt_folder: a clone of nanoGPT, to compare with it too (without biases, as it trains by default).
-        out: write the figures there as JSON.
+        rounds: turns of each side.
+        seconds: to spend, about: no compiled side is begun after half of it, and no turn after three at its end.
+        nanogpt_folder: a clone of nanoGPT, to compare with it too.
 
     Raises:
-        ValueError: an unknown size.
-        RuntimeError: a side computes another loss than ours.
+        FileNotFoundError: the folder is no clone of nanoGPT.
     """
-    if size not in SIZES:
-        raise ValueError(f"unknown size {size!r}; there are {', '.join(SIZES)}")
-    batch, config = SIZES[size]
-    console = Console(highlight=False)
-    ours = build_model(config)
-    sides = [fusedgpt(ours)]
+    if work.device.type == "cpu":
+        keep_freed_memory()  # as `gpt train` does; every side has the good of it
+    until = time.monotonic() + seconds
+    sides = list(builders(work, nanogpt_folder))
+    ours: Timed | None = None
+    for group in ("", "torch.compile"):  # what needs no compiler has its figures whatever becomes of the rest
+        rows: list[Row] = []
+        timed = [ours] if ours else []
+        for name, build in sides:
+            if ("torch.compile" in name) == bool(group):
+                row = Row("step", work.case, name)
+                rows.append(row)
+                if group and time.monotonic() > until - seconds / 2:
+                    row.note = f"left out: half of {seconds:g} s were over"
+                elif side := _begin(row, build, work, ours or (timed[0] if timed else None)):
+                    timed.append(side)
+        for found in timed:
+            found.times.clear()
+        _take_turns([(found.side, found.times) for found in timed], work, rounds, until)
+        if not group and timed and timed[0].row is rows[0]:
+            ours = timed[0]
+        for found in timed:
+            if found.row in rows:
+                _fill(found, ours, work)
+        yield from rows
+
+
+@dataclass
+class Timed:
+    """A side that computes the right thing."""
+
+    row: Row
+    side: Side
+    norm: float  # of the first step's gradients
+    times: list[float]  # seconds a step
+
+
+def _begin(row: Row, build: Callable[[], Side], work: Workload, first: Timed | None) -> Timed | None:
+    """Build a side and let it do its first steps; None, with the reason in its row, where it is not to be timed."""
     try:
-        sides.append(transformers_gpt2(ours))
-    except ImportError:
-        console.print("transformers is not installed and left out: pip install 'fusedgpt[bench]'")
-    rows = _compare(sides, batch, config, rounds)
-    if nanogpt_folder is not None:
-        unbiased = ModelConfig(**{**vars(config), "bias": False})
-        ours = build_model(unbiased)
-        pair = _compare([fusedgpt(ours), nanogpt(ours, nanogpt_folder)], batch, unbiased, rounds)
-        pair[0].name += ", no biases"
-        rows += pair
-    console.print(_table(rows, size, batch, config))
-    if out:
-        record = {"size": size, "machine": _machine(), "rows": [vars(row) for row in rows]}
-        out.write_text(json.dumps(record, indent=1) + "\n")
-    return rows
+        side, (loss, norm), peak = first_steps(build, work)
+    except Exception as error:  # a peer may fail in any way; the others are timed all the same
+        row.note = failure(error)
+    else:
+        row.loss, row.gigabytes = loss, peak / 1e9
+        if first and first.row.loss is not None:
+            row.note = _difference((loss, norm), (first.row.loss, first.norm), work)
+        if not row.note:
+            return Timed(row, side, norm, [])
+        del side
+    release(work.device)
+    return None
 
 
-def gpu_sides(device: torch.device) -> Iterator[Row]:
-    """GPT-2 124M in bfloat16 on a GPU: ours with and without kernels, and transformers' GPT-2 with and without compile."""
-    config = ModelConfig()
-    batch = 32 if memory(device) >= 100 * 2**30 else 8
-    dtype = torch.bfloat16
-
-    def build() -> GPT:
-        return build_model(config).to(device)
-
-    def plain(inputs: Tensor, targets: Tensor) -> Tensor:
-        with use_backend("torch"):
-            return without(inputs, targets, dtype=dtype)
-
-    ours, without = build(), build()
-    sides = [fusedgpt(ours, dtype), Peer("fusedgpt, plain PyTorch", without, plain)]
-    yield from _compare(sides, batch, config, 20)
-    try:
-        sides = [sides[0], transformers_gpt2(ours, dtype)]
-        yield from _compare(sides, batch, config, 20)[1:]
-        sides[1] = transformers_gpt2(ours, dtype, compiled=True)
-    except ImportError:
-        print("transformers is not installed and left out")
-        return
-    yield from _compare(sides, batch, config, 20)[1:]
+def _fill(found: Timed, ours: Timed | None, work: Workload) -> None:
+    """The figures of a row from its times."""
+    row = found.row
+    row.milliseconds = 1e3 * statistics.median(found.times)
+    row.tokens_per_second = 1e3 * work.tokens / row.milliseconds
+    if ours:
+        row.ratio = statistics.median(a / b for a, b in zip(found.times, ours.times, strict=True))
+        assert isinstance(ours.side.model, GPT)
+        meter = Speedometer(work.config, ours.side.model.num_params(position_embeddings=False), work.device)
+        row.mfu = meter.flops_per_token * row.tokens_per_second / meter.peak if meter.peak else None
 
 
-def _compare(sides: list[Peer], batch: int, config: ModelConfig, rounds: int) -> list[Row]:
-    """Rows of sides that start from the same weights; the first side is ours."""
-    device = next(sides[0].model.parameters()).device
-    optimizers = [torch.optim.AdamW(side.model.parameters(), lr=1e-4, fused=True) for side in sides]
-    times: list[list[float]] = [[] for _ in sides]
-    losses: list[list[float]] = [[] for _ in sides]
-    peaks = [0] * len(sides)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(rounds):
-        tokens = torch.randint(config.vocab_size, (batch, config.context_length + 1), generator=generator)
-        tokens = tokens.to(device)
-        for i, side in enumerate(sides):
-            held = _begin(device)
+def _take_turns(sides: list[tuple[Side, list[float]]], work: Workload, rounds: int, until: float) -> None:
+    """Append seconds a step of each side in each round to its list; the first round is thrown away."""
+    gpu = work.device.type == "cuda"
+    burst = BURST if gpu else 1
+    batches = work.batches(seed=2)
+    for i in range(rounds + 1):
+        turn = [next(batches) for _ in range(burst)]
+        for side, times in sides:
+            if gpu:
+                torch.cuda.synchronize(work.device)
             start = time.perf_counter()
-            loss = side.loss(tokens[:, :-1], tokens[:, 1:].contiguous())
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(side.model.parameters(), 1.0)
-            optimizers[i].step()
-            optimizers[i].zero_grad(set_to_none=True)
-            losses[i].append(loss.item())  # waits for the device
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-                peaks[i] = max(peaks[i], torch.cuda.max_memory_allocated(device) - held)
-            times[i].append(time.perf_counter() - start)
-    for i, side in enumerate(sides):
-        if abs(losses[i][0] - losses[0][0]) > LOSS_TOLERANCE * losses[0][0]:
-            raise RuntimeError(
-                f"{side.name} computes a loss of {losses[i][0]}, ours is {losses[0][0]}: not comparable"
-            )
-    model = sides[0].model
-    parameters = model.num_params(position_embeddings=False) if isinstance(model, GPT) else 0
-    meter = Speedometer(config, parameters, device)
-    warm = max(rounds // 10, 1)
-    rows = []
-    for i, side in enumerate(sides):
-        seconds = statistics.median(times[i][warm:])
-        tokens_per_second = batch * config.context_length / seconds
-        ratio = statistics.median(a / b for a, b in zip(times[i][warm:], times[0][warm:], strict=True))
-        mfu = meter.flops_per_token * tokens_per_second / meter.peak if meter.peak else None
-        gigabytes = peaks[i] / 1e9 if peaks[i] else None
-        rows.append(Row(side.name, 1e3 * seconds, tokens_per_second, ratio, losses[i][0], mfu, gigabytes))
-    return rows
+            for inputs, targets in turn:
+                side.step(inputs, targets)
+            if gpu:
+                torch.cuda.synchronize(work.device)
+            if i:
+                times.append((time.perf_counter() - start) / burst)
+        if i >= 3 and time.monotonic() > until:
+            return
 
 
-def _begin(device: torch.device) -> int:
-    """Start a measurement of memory; returns the bytes in use before it."""
-    if device.type != "cuda":
-        return 0
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
+def _difference(found: tuple[float, float], ours: tuple[float, float], work: Workload) -> str:
+    """How a side's first loss or gradient norm differs from ours, or nothing where they agree."""
+    dropout = work.config.attn_dropout > 0
+    names = ("a first loss", "a first gradient norm")
+    tolerances = (DROPOUT_TOLERANCE, 0.5) if dropout else (LOSS_TOLERANCE, NORM_TOLERANCE)
+    for name, value, expected, tolerance in zip(names, found, ours, tolerances, strict=True):
+        if not abs(value - expected) <= tolerance * expected:  # NaN differs too
+            return f"{name} of {value:.5g} where ours is {expected:.5g}: not comparable, not timed"
+    return ""
 
 
-def _table(rows: list[Row], size: str, batch: int, config: ModelConfig) -> Table:
-    table = Table(
-        title=f"training step, {size}: {batch} x {config.context_length} tokens, {config.n_layer} layers of "
-        f"{config.n_embd}, vocabulary {config.vocab_size:,}; {_machine()}",
-        title_justify="left",
+HEADS = ("step", "side", "ms", "tokens/s", "to ours", "MFU", "GB", "first loss")
+LINE = "{:<36}{:<38}{:>9}{:>11}{:>9}{:>7}{:>9}{:>12}  {}"
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    figures = (
+        (row.milliseconds, ".1f"),
+        (row.tokens_per_second, ",.0f"),
+        (row.ratio, ".2f"),
+        (row.mfu, ".1%"),
+        (row.gigabytes, ".3f"),
+        (row.loss, ".4f"),
     )
-    for heading in ("side", "ms", "tokens/s", "its time over ours", "first loss"):
-        table.add_column(heading, justify="left" if heading == "side" else "right")
-    for row in rows:
-        table.add_row(
-            row.name,
-            f"{row.milliseconds:.1f}",
-            f"{row.tokens_per_second:,.0f}",
-            f"{row.ratio:.2f}",
-            f"{row.loss:.4f}",
-        )
-    return table
-
-
-def _machine() -> str:
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    texts = ["" if value is None else format(value, form) for value, form in figures]
+    return LINE.format(row.case, row.side, *texts, row.note).rstrip()

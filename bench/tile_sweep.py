@@ -52,8 +52,8 @@ def run_tiles(
     rows: int | None = None,
     rounds: int = 10,
     seconds: float = 500,
-) -> None:
-    """Sweep every table and print the fastest tiles, then the rows to paste.
+) -> list[str]:
+    """Sweep every table, print the fastest tiles, then the rows to paste; returns these.
 
     Args:
         widths: C to sweep at.
@@ -87,6 +87,7 @@ def run_tiles(
             found.append(f"    {_row(results[0].tile, origin)}")
     print("\nThe rows to paste, by the time they take; hold them against `make kernels-report` first.")
     print("\n".join(found))
+    return found
 
 
 def candidates(block: int) -> Iterator[Tile]:

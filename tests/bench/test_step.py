@@ -1,52 +1,198 @@
 """The step benchmark compares like with like and says so when it does not. Times are looked at by people, not by tests."""
 
-import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from fusedgpt.bench import step
-from fusedgpt.bench.peers import Peer, build_model, fusedgpt, nanogpt, transformers_gpt2
+from fusedgpt.bench import breakdown, peers, step
+from fusedgpt.bench.peers import Side, builders, fusedgpt, transformers_gpt2
+from fusedgpt.bench.sizes import SIZES, Workload, workload
+from fusedgpt.gpt import model as gpt_model
 from fusedgpt.gpt.config import ModelConfig
 
-SHAPE = ModelConfig(65, context_length=16, n_layer=2, n_head=2, n_embd=32)
+CPU = torch.device("cpu")
+WORK = Workload(
+    "test", 2, ModelConfig(65, context_length=16, n_layer=2, n_head=2, n_embd=32), CPU, torch.float32
+)
+DROPPING = replace(WORK, config=replace(WORK.config, embd_dropout=0.1, attn_dropout=0.1, resid_dropout=0.1))
 
 
 @pytest.fixture
-def sizes(monkeypatch):
-    monkeypatch.setitem(step.SIZES, "tiny", (2, SHAPE))
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled sides run uncompiled: a compilation takes half a minute."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-def test_a_table_of_ours_and_transformers_from_the_same_weights(sizes, tmp_path, capsys):
-    ours, theirs = step.run_step("tiny", rounds=4, out=tmp_path / "step.json")
-    assert ours.ratio == 1.0
-    assert theirs.loss == pytest.approx(ours.loss, rel=1e-5)
-    assert "transformers" in capsys.readouterr().out
-    record = json.loads((tmp_path / "step.json").read_text())
-    assert [row["name"] for row in record["rows"]] == [ours.name, theirs.name]
+@pytest.mark.parametrize("work", [WORK, DROPPING], ids=["no dropout", "dropout"])
+def test_every_side_is_timed_from_the_same_weights(eager: None, work: Workload) -> None:
+    rows = list(step.measure(work, rounds=3))
+    assert [row.note for row in rows] == [""] * 4
+    assert [row.side.split()[0] for row in rows] == ["fusedgpt", "transformers", "fusedgpt,", "transformers"]
+    assert rows[0].ratio == 1.0
+    for row in rows:
+        assert row.loss == pytest.approx(rows[0].loss, rel=1e-5 if work is WORK else 2e-2)
+        assert row.tokens_per_second == pytest.approx(32 / row.milliseconds * 1e3)
+        assert row.ratio
+        assert row.gigabytes > 4 * 4 * 30_000 / 1e9, "weights, gradients and AdamW's two means"
+        assert row.side in step.line(row)
 
 
-def test_a_side_that_computes_something_else_is_not_timed():
-    ours = build_model(SHAPE)
-    wrong = Peer("wrong", build_model(SHAPE, seed=1), lambda inputs, targets: 1.1 * ours(inputs, targets))
-    with pytest.raises(RuntimeError, match=r"wrong computes a loss of .* not comparable"):
-        step._compare([fusedgpt(ours), wrong], 2, SHAPE, 2)
+def changed(side: Side, loss: float = 1.0, norm: float = 1.0) -> Side:
+    def wrong(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found = side.step(inputs, targets)
+        return found[0] * loss, found[1] * norm
+
+    return Side("other", side.model, wrong)
 
 
-def test_transformers_trains_with_our_weights():
-    ours = build_model(SHAPE)
-    theirs = transformers_gpt2(ours)
-    ids = torch.randint(65, (2, 17))
-    assert theirs.loss(ids[:, :-1], ids[:, 1:]).item() == pytest.approx(
-        ours(ids[:, :-1], ids[:, 1:]).item(), rel=1e-5
-    )
+@pytest.mark.parametrize(
+    ("build", "note"),
+    [
+        (lambda: changed(fusedgpt(WORK), loss=1.01), "a first loss of 4."),
+        (lambda: changed(fusedgpt(WORK), norm=1.1), "a first gradient norm of "),
+        (lambda: changed(fusedgpt(WORK), loss=float("nan")), "a first loss of nan"),
+        (lambda: 1 / 0, "failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_side_that_computes_something_else_is_not_timed(
+    build, note: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "builders", lambda *_: [("fusedgpt", lambda: fusedgpt(WORK)), ("other", build)])
+    ours, other = step.measure(WORK, rounds=2)
+    assert ours.milliseconds
+    assert other.milliseconds is None
+    assert other.note.startswith(note)
+    assert note in step.line(other)
 
 
-def test_a_folder_that_is_no_nanogpt_is_named(tmp_path):
+def test_what_compiles_has_to_begin_in_the_first_half(eager: None) -> None:
+    rows = list(step.measure(WORK, rounds=3, seconds=1e-3))
+    assert [bool(row.milliseconds) for row in rows] == [True, True, False, False]
+    assert rows[3].note == "left out: half of 0.001 s were over"
+
+
+def test_both_do_the_same_step_after_step() -> None:
+    sides = [fusedgpt(WORK), transformers_gpt2(WORK)]
+    losses = []
+    for side in sides:
+        batches = WORK.batches()
+        losses.append([side.step(*next(batches))[0].item() for _ in range(5)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_folder_that_is_no_nanogpt_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="clone of nanoGPT"):
-        nanogpt(build_model(SHAPE), tmp_path)
+        list(builders(WORK, tmp_path))
 
 
-def test_an_unknown_size_names_those_that_exist():
-    with pytest.raises(ValueError, match="tiny, small"):
-        step.run_step("huge")
+def test_nanogpt_gets_our_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.py").write_text(NANOGPT)
+    monkeypatch.setattr(peers, "_training", lambda model, loss: loss)
+    ours = peers.build_model(WORK)
+    side = peers.nanogpt(WORK, tmp_path)
+    inputs, targets = next(WORK.batches())
+    (weights,) = {id(p): p for p in side.model.parameters() if p.shape == (32, 32)}.values()
+    torch.testing.assert_close(weights, ours.h[0].attn.c_proj.weight)
+    assert side.step(inputs, targets).item() == pytest.approx(ours.wte.weight[0].sum().item())
+
+
+# as much of nanoGPT's interface as is used: nn.Linear's orientation, its names, and (logits, loss)
+NANOGPT = """
+import torch
+class GPTConfig:
+    def __init__(self, **values): vars(self).update(values)
+class Names(torch.nn.Module): pass
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c = config.n_embd
+        self.transformer = torch.nn.ModuleDict({"wte": torch.nn.Embedding(config.vocab_size, c), "h": torch.nn.ModuleList([Names()])})
+        self.transformer.h[0].attn = Names()
+        self.transformer.h[0].attn.c_proj = torch.nn.Linear(c, c)
+    def forward(self, inputs, targets): return None, self.transformer.wte.weight[0].sum()
+"""
+
+
+# ---- sizes
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_on_a_cpu(size: str) -> None:
+    work = workload(size, "cpu")
+    assert work.case.startswith(f"{size}, ")
+    assert work.case.endswith(", float32")
+    assert work.tokens <= 2048
+    assert workload(size, "cpu", batch=3, dropout=0.1).case.endswith(", dropout 0.1")
+
+
+def test_the_help_lists_the_sizes() -> None:
+    from fusedgpt.bench.__main__ import SIZE_NAMES
+
+    assert SIZE_NAMES == SIZES
+
+
+def test_an_unknown_size_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown size 'gpt2-medum'; did you mean 'gpt2-medium'"):
+        workload("gpt2-medum", "cpu")
+    with pytest.raises(ValueError, match="there are tiny, small, gpt2"):
+        workload("zzz", "cpu")
+    with pytest.raises(ValueError, match="batch = 0"):
+        workload("tiny", "cpu", batch=0)
+
+
+# ---- the breakdown
+
+
+@pytest.mark.parametrize("work", [WORK, replace(DROPPING, recompute=True)], ids=["plain", "recomputed"])
+def test_the_parts_add_up_to_the_step(work: Workload) -> None:
+    before = gpt_model.linear
+    rows = list(breakdown.measure(work, rounds=3))
+    assert gpt_model.linear is before
+    assert sum(row.share for row in rows) == pytest.approx(1.0)
+    both = {*breakdown.PARTS.values()}
+    assert {(row.name, row.direction) for row in rows} == {
+        *((part, direction) for part in both for direction in ("forward", "backward")),
+        *((part, "") for part in ("gradient norm + clip", "update", "other")),
+    }
+    assert len({(row.name, row.case) for row in rows}) == len(rows)
+
+
+def test_time_is_given_to_the_part_that_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only the slowed part moves, in its forward and in its backward."""
+    clock = [0.0]
+    monkeypatch.setattr(breakdown.time, "perf_counter", lambda: clock[0])
+    own = gpt_model.gelu_mlp
+
+    class Slow(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            clock[0] += 1.0
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            clock[0] += 3.0
+            return gradient
+
+    monkeypatch.setattr(gpt_model, "gelu_mlp", lambda y, *rest: Slow.apply(own(y, *rest)))
+    found = {(row.name, row.direction): row.milliseconds for row in breakdown.measure(WORK, rounds=2)}
+    layers = WORK.config.n_layer
+    assert found.pop(("MLP", "forward")) == pytest.approx(1e3 * layers)
+    assert found.pop(("MLP", "backward")) == pytest.approx(3e3 * layers)
+    assert not any(found.values())
+
+
+def test_watching_changes_no_gradient() -> None:
+    sides = [fusedgpt(DROPPING), fusedgpt(DROPPING)]
+
+    def losses(side: Side) -> Iterator[float]:
+        batches = DROPPING.batches()
+        for _ in range(3):
+            yield side.step(*next(batches))[0].item()
+
+    expected = list(losses(sides[0]))
+    with breakdown.watch(breakdown.Timeline(CPU)):
+        assert list(losses(sides[1])) == expected
