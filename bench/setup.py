@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from ..kernels import use_backend
