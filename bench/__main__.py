@@ -63,6 +63,12 @@ def _run(command: str, options: dict[str, Any]) -> int:
     return 0
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not allowed; it takes a whole number from 1 up")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusedgpt.bench", description="What is faster, by how much, on this machine."
@@ -77,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "ops", help="every operator beside its peers: times, memory, share of the limit"
     )
     ops.add_argument("names", nargs="*", metavar="NAME", help="operators, such as attention (default: all)")
-    ops.add_argument("--rounds", type=int, default=30, help="timings of each side (default: 30)")
+    ops.add_argument("--rounds", type=_count, default=30, help="timings of each side (default: 30)")
 
     step = commands.add_parser(
         "step", help="a whole training step beside torch.compile, transformers' GPT-2 and nanoGPT"
@@ -85,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument(
         "--breakdown", action="store_true", help="instead: the time of every part of our step by name"
     )
-    step.add_argument("--rounds", type=int, default=40, help="turns of each side (default: 40)")
+    step.add_argument("--rounds", type=_count, default=40, help="turns of each side (default: 40)")
     memory = commands.add_parser("memory", help="the step's peak memory, and what ours is made of")
     memory.add_argument(
         "--batches",
-        type=int,
+        type=_count,
         nargs="+",
         metavar="B",
         default=(),
@@ -100,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
             "--nanogpt", dest="nanogpt_folder", type=Path, metavar="DIR", help="a clone to compare with"
         )
     startup = commands.add_parser("startup", help="seconds to the first training step in fresh processes")
-    startup.add_argument("--runs", type=int, default=3, help="processes a figure (default: 3)")
+    startup.add_argument("--runs", type=_count, default=3, help="processes a figure (default: 3)")
     decode = commands.add_parser("decode", help="tokens a second of text beside transformers")
-    decode.add_argument("--rounds", type=int, default=5, help="timings of each side (default: 5)")
+    decode.add_argument("--rounds", type=_count, default=5, help="timings of each side (default: 5)")
     everything = commands.add_parser(
         "all", help="ops, step, memory, startup and decode: one record, its pictures; 3 minutes on a CPU"
     )
@@ -138,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     tiles.add_argument(
         "--dtype", dest="dtype_name", default="bfloat16", choices=("bfloat16", "float16", "float32")
     )
-    tiles.add_argument("--rounds", type=int, default=10, help="timings of each candidate (default: 10)")
+    tiles.add_argument("--rounds", type=_count, default=10, help="timings of each candidate (default: 10)")
     tiles.add_argument("--seconds", type=float, default=500, help="to spend in all (default: 500)")
     tiles.add_argument("--rows", type=int, metavar="M", help="(default: 65536)")
     tiles.add_argument(

@@ -1,7 +1,7 @@
 """Generating text: tokens a second with the cache of keys and values, beside transformers' `generate` with the same weights.
 
-Both are greedy, and in float32 they have to write the same tokens before anything is timed (lower precision may tip the balance
-between two tokens, so there it is not asked for). The time of the first token, which is mostly the prompt's, stands apart.
+Both are greedy, and in float32 they have to write the same tokens before anything is timed; of eight rows one may differ, where
+rounding tips the balance between two tokens (in lower precision it does so often, so there it is not asked for). The time of the first token, which is mostly the prompt's, stands apart.
 """
 
 import time
@@ -57,7 +57,8 @@ def measure(work: Workload, rows: tuple[int, ...] = (1, 8), rounds: int = 5) -> 
         expected = _ours(model)(prompts[n], count)
         for name, module, writer in sides[1:]:
             try:
-                if writer(module)(prompts[n], count) != expected:
+                found = writer(module)(prompts[n], count)
+                if sum(a != b for a, b in zip(found, expected, strict=True)) > n // 8:
                     notes[n, name] = "writes other tokens in float32: not comparable, not timed"
             except Exception as error:  # a peer may fail in any way
                 notes[n, name] = failure(error)
@@ -66,14 +67,14 @@ def measure(work: Workload, rows: tuple[int, ...] = (1, 8), rounds: int = 5) -> 
         case = f"{work.size}, {n} x ({length} + {count}), {str(work.dtype)[6:]}"
         fit = [(name, writer) for name, writer in writers if (n, name) not in notes]
         first, whole = _turns([writer for _, writer in fit], prompts[n], count, rounds, work.device)
-        found = {}
+        timed = {}
         for (name, _), prefill, total in zip(fit, first, whole, strict=True):
             each = (total - prefill) / (count - 1)
-            found[name] = Row("decode", case, name, each, 1e3 * n / each, prefill, each)
+            timed[name] = Row("decode", case, name, each, 1e3 * n / each, prefill, each)
         for name, _ in writers:
-            row = found.get(name) or Row("decode", case, name, note=notes[n, name])
+            row = timed.get(name) or Row("decode", case, name, note=notes[n, name])
             if row.milliseconds is not None:
-                row.ratio = row.milliseconds / found[OURS].milliseconds  # type: ignore[operator]
+                row.ratio = row.milliseconds / timed[OURS].milliseconds  # type: ignore[operator]
             yield row
     release(work.device)
 

@@ -186,7 +186,6 @@ def run_gpu(out: Path | None = None) -> int:
         run_parts("fusedgpt.bench.gpu", PARTS, options, found, file, SECONDS)
     found["clocks"].append(record.clocks(device))
     record.write(file, found)
-    suite.draw(found, folder)
     print()
     print("\n".join(summary(found)))
     print(f"\n{file}")

@@ -49,7 +49,7 @@ def measure(
 
     Args:
         rounds: turns of each side.
-        seconds: to spend, about: no compiled side is begun after half of it, and no turn after three at its end.
+        seconds: to spend, about: no compiled side is begun after 60 % of it, and no turn after three at its end.
         nanogpt_folder: a clone of nanoGPT, to compare with it too.
 
     Raises:
@@ -67,8 +67,8 @@ def measure(
             if ("torch.compile" in name) == bool(group):
                 row = Row("step", work.case, name)
                 rows.append(row)
-                if group and time.monotonic() > until - seconds / 2:
-                    row.note = f"left out: half of {seconds:g} s were over"
+                if group and time.monotonic() > until - 0.4 * seconds:
+                    row.note = f"left out: most of {seconds:g} s were over"
                 elif side := _begin(row, build, work, ours or (timed[0] if timed else None)):
                     timed.append(side)
         for found in timed:

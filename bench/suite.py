@@ -176,7 +176,7 @@ def _ops(options: Options) -> Iterator[Row]:
 # By the seconds that they take on an H200 with a cold cache, and some more. `startup` comes first: it fills the cache.
 PARTS = {
     "startup": Part(_part("startup", runs=1), 75),
-    "step": Part(_part("step"), 90),
+    "step": Part(_part("step"), 110),
     "breakdown": Part(_part("breakdown"), 20),
     "memory": Part(_part("memory"), 30),
     "decode": Part(_part("decode"), 25),

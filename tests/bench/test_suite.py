@@ -75,6 +75,7 @@ def test_the_order_of_processes_and_their_medians(monkeypatch: pytest.MonkeyPatc
     assert (theirs.seconds, theirs.ratio) == (5.0, 2.5)
     assert (cold.note, warm.note) == ("failed: no compiler",) * 2
     assert (cold.case, warm.case) == (f"{WORK.case}, cold", f"{WORK.case}, warm")
+    assert len(list(startup.measure(WORK, runs=1))) == 3
     assert startup.line(cold).endswith("failed: no compiler")
 
 
@@ -192,6 +193,15 @@ def test_a_command_writes_its_record_and_pictures(
     assert list(suite.table("breakdown", record["rows"]))[1] in printed
     assert main([*argv, "--nanogpt", "here"]) == 2
     assert "leave --nanogpt out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [("step", "--rounds"), ("startup", "--runs"), ("memory", "--batches")])
+def test_counts_are_whole_numbers_from_1(flag: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("0", "-1", "x"):
+        with pytest.raises(SystemExit) as stop:
+            main([*flag, value])
+        assert stop.value.code == 2
+        assert flag[1] in capsys.readouterr().err
 
 
 def test_mistakes_end_with_2(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
