@@ -65,7 +65,7 @@ def allocations(device: torch.device) -> Iterator[Allocated]:
         found.peak = torch.cuda.max_memory_allocated(device) - before
         found.held = torch.cuda.memory_allocated(device) - before
         return
-    watched = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    watched = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
     with _muted():
         watched.start()
     try:

@@ -3,7 +3,7 @@
 Every side is built from the same weights and does its first steps on the same batches, alone, which is when its peak
 memory is taken; one whose first loss or gradient norm is not ours is not timed. Then the sides take turns on
 the same batches, so a machine whose speed drifts favours none; what is reported is the median of each side and the
-median of the ratios of neighbouring turns. Compiled sides come last and take their turns with ours once more. On a GPU a turn is several steps with no wait between them, as in training.
+median of the ratios of neighbouring turns. On a GPU a turn is several steps with no wait between them, as in training.
 """
 
 import statistics
@@ -57,29 +57,22 @@ def measure(
     """
     if work.device.type == "cpu":
         keep_freed_memory()  # as `gpt train` does; every side has the good of it
-    until = time.monotonic() + seconds
-    sides = list(builders(work, nanogpt_folder))
-    ours: Timed | None = None
-    for group in ("", "torch.compile"):  # what needs no compiler has its figures whatever becomes of the rest
-        rows: list[Row] = []
-        timed = [ours] if ours else []
-        for name, build in sides:
-            if ("torch.compile" in name) == bool(group):
-                row = Row("step", work.case, name)
-                rows.append(row)
-                if group and time.monotonic() > until - 0.4 * seconds:
-                    row.note = f"left out: most of {seconds:g} s were over"
-                elif side := _begin(row, build, work, ours or (timed[0] if timed else None)):
-                    timed.append(side)
-        for found in timed:
-            found.times.clear()
-        _take_turns([(found.side, found.times) for found in timed], work, rounds, until)
-        if not group and timed and timed[0].row is rows[0]:
-            ours = timed[0]
-        for found in timed:
-            if found.row in rows:
-                _fill(found, ours, work)
-        yield from rows
+    began = time.monotonic()
+    rows: list[Row] = []
+    timed: list[Timed] = []
+    # what compiles comes last, so that it is what a lack of time leaves out
+    for name, build in sorted(builders(work, nanogpt_folder), key=lambda side: "torch.compile" in side[0]):
+        row = Row("step", work.case, name)
+        rows.append(row)
+        if "torch.compile" in name and time.monotonic() - began > 0.6 * seconds:
+            row.note = f"left out: most of {seconds:g} s were over"
+        elif side := _begin(row, build, work, timed[0] if timed else None):
+            timed.append(side)
+    _take_turns([(found.side, found.times) for found in timed], work, rounds, began + seconds)
+    ours = timed[0] if timed and timed[0].row is rows[0] else None
+    for found in timed:
+        _fill(found, ours, work)
+    yield from rows
 
 
 @dataclass

@@ -184,7 +184,7 @@ PARTS = {
 }
 CPU_PARTS = {
     name: part._replace(seconds=seconds)
-    for (name, part), seconds in zip(PARTS.items(), (70, 60, 10, 15, 15, 45), strict=True)
+    for (name, part), seconds in zip(PARTS.items(), (60, 75, 15, 15, 15, 45), strict=True)
 }
 
 
