@@ -58,10 +58,21 @@ def run_compare(before: Path, after: Path, above: float = 5.0) -> list[Change]:
         print(f"{change.ratio:>7.2f} x  {change.before:>10,.3f} -> {change.after:>10,.3f} {unit:<3} {what}")
     print(f"{len(moved)} of {len(changes)} figures moved by more than {above:g} %")
     for file, own, other in ((before, *tables), (after, *reversed(tables))):
-        missing = [key for key in own if key not in other]
-        for key in missing:
-            print(f"only in {file.name}: {' · '.join(dict.fromkeys(key))}")
+        for text in missing(own, other):
+            print(f"only in {file.name}: {text}")
     return moved
+
+
+def missing(own: dict[Key, Any], other: dict[Key, Any]) -> Iterator[str]:
+    """The figures that the other record lacks; a benchmark that it lacks altogether in one line."""
+    for benchmark in dict.fromkeys(key[0] for key in own):
+        keys = [key for key in own if key[0] == benchmark]
+        if all(key[0] != benchmark for key in other):
+            yield f"all of {benchmark} ({len(keys)} figures)"
+            continue
+        for key in keys:
+            if key not in other:
+                yield " · ".join(dict.fromkeys(key))
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> Iterator[str]:

@@ -96,19 +96,25 @@ LINES = (
 
 def _step_table(rows: Rows) -> Iterator[str]:
     steps = [row for row in rows if row["benchmark"] == "step"]
-    sides = [row["side"] for row in steps] or ["fusedgpt", "peers"]
+    sides = [row["side"] for row in steps] or ["all sides"]
     case = steps[0]["case"] if steps else "the step"
     yield f"| {case} | {' | '.join(sides)} |"
     yield "|---" * (len(sides) + 1) + "|"
     for heading, benchmark, figure, form, part in LINES:
         found = {
-            row["side"]: form.format(row[figure])
+            row["side"]: _text(form, row[figure])
             for row in rows
             if row["benchmark"] == benchmark and row.get(figure) is not None and _is_case(row["case"], part)
         }
         if found or not rows:
             cells = [found.get(side, "" if rows else NOTHING) for side in sides]
             yield f"| {heading} | {' | '.join(cells)} |"
+
+
+def _text(form: str, value: float) -> str:
+    if form.endswith(" GB") and value < 1:
+        form, value = form.replace("GB", "MB"), 1000 * value
+    return form.format(value)
 
 
 def _is_case(case: str, part: str) -> bool:
@@ -137,4 +143,4 @@ def _ops_table(rows: Rows) -> Iterator[str]:
         theirs = (best["side"], f"{best['ratio']:.2f}" if best["ratio"] else "") if best else ("none", "")
         yield f"| {name}: {sizes} | {' | '.join((*mine, *theirs))} |"
     if not works:
-        yield f"| all | {NOTHING} | {NOTHING} | {NOTHING} | {NOTHING} |"
+        yield f"| all of them | {NOTHING} | | | |"

@@ -27,6 +27,8 @@ def test_the_largest_change_first(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("step", "step", "tiny", "transformers 5.1", 20.0),
         ("ops", "dropout", "a", "fusedgpt", 1.0),
         ("ops", "dropout", "gone", "fusedgpt", 1.0),
+        ("decode", "decode", "1", "fusedgpt", 1.0),
+        ("decode", "decode", "8", "fusedgpt", 1.0),
         ("ops", "dropout", "failed", "fusedgpt", None),
     ]
     after = [
@@ -48,6 +50,7 @@ def test_the_largest_change_first(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert lines[2].split()[:5] == ["0.25", "x", "20.000", "->", "5.000"]
     assert "2 of 3 figures moved by more than 5 %" in lines
     assert "only in a.json: ops · dropout · gone · fusedgpt" in lines
+    assert "only in a.json: all of decode (2 figures)" in lines
     assert "only in b.json: ops · dropout · new · fusedgpt" in lines
     assert len(run_compare(*files, above=1.0)) == 3
     assert not run_compare(files[0], files[0])
