@@ -156,9 +156,9 @@ def sweep_tiles(options: Options) -> Iterator[Row]:
 
 
 PARTS = {
-    "parity": Part(check_parity, 80, judges=True),
-    "tests": Part(run_tests, 80, judges=True),
-    "sanitizer": Part(sanitize, 60, judges=True),
+    "parity": Part(check_parity, 70, judges=True),
+    "tests": Part(run_tests, 100, judges=True),
+    "sanitizer": Part(sanitize, 50, judges=True),
     **suite.PARTS,
     "tiles": Part(sweep_tiles, 300),
 }
