@@ -127,14 +127,13 @@ def _ops_table(rows: Rows) -> Iterator[str]:
     """Every operator at its first size, forward and backward together, beside the fastest of its peers."""
     yield "| operator, forward + backward | ours | of the limit | fastest peer | its time over ours |"
     yield "|---|---|---|---|---|"
-    works: dict[str, Rows] = {}
+    works: dict[tuple[str, bool], Rows] = {}
     for row in rows:
         if row["benchmark"] == "ops" and row.get("direction") == BOTH and row["milliseconds"]:
-            dropout = " with dropout" if row["sizes"].get("p") else ""
-            work = works.setdefault(row["name"] + dropout, [])
+            work = works.setdefault((row["name"], bool(row["sizes"].get("p"))), [])
             if not work or work[0]["case"] == row["case"]:
                 work.append(row)
-    for name, work in works.items():
+    for (name, _), work in works.items():
         ours = next((row for row in work if row["side"].startswith("fusedgpt")), None)
         peers = [row for row in work if row is not ours and "matmuls" not in row["side"]]
         best = min(peers, key=lambda row: row["milliseconds"], default=None)
