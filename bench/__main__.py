@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
 
     gpu = commands.add_parser("gpu", help="all that only a GPU can show, within eight minutes")
     for command in (ops, step, memory, startup, decode, everything):
-        command.add_argument("--out", type=Path, metavar="JSON", help="write the record there")
+        command.add_argument(
+            "--out", type=Path, metavar="JSON", help="write the record there (all: build/bench)"
+        )
         command.add_argument(
             "--pictures", type=Path, metavar="FOLDER", help="for its pictures (default: that of --out)"
         )

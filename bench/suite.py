@@ -129,7 +129,7 @@ def run_all(work: Workload, out: Path | None = None, pictures: Path | None = Non
         out: the record; by default build/bench/<cpu or the GPU's name>-<date>.json.
         pictures: the folder for the pictures; by default that of `out`.
     """
-    out = out or record.ROOT / "build" / "bench" / record_name(work.device)
+    out = out or Path("build", "bench", record_name(work.device))
     found: Row = {"kind": "all", **record.machine(work.device), "clocks": [record.clocks(work.device)]}
     print(about(found))
     gpu = work.device.type == "cuda"
