@@ -28,7 +28,15 @@ from ..kernels.tiles import Case
 # A file with kernels joins here and lists its cases in `compile_cases`.
 SOURCES = [
     import_module(f"..kernels.{name}", __package__)
-    for name in ("dropout", "layer_norm_kernels", "attention_kernels", "column_sum", "embedding_kernels")
+    for name in (
+        "dropout",
+        "layer_norm_kernels",
+        "attention_kernels",
+        "column_sum",
+        "embedding_kernels",
+        "mlp_kernels",
+        "mlp_matmul_kernels",
+    )
 ]
 
 # name: (Triton's backend, its architecture, lanes of a warp, bytes of shared memory a program may take)
@@ -52,7 +60,7 @@ class Row(NamedTuple):
     per_element: float | None  # of the above, for kernels over tiles of rows: each thread's share of the tile
     matrix: int  # matrix multiply-accumulate instructions
     special: int  # instructions of the special-function unit: exp2, tanh, reciprocal, square root
-    resident: int  # programs that a multiprocessor's registers have room for at once
+    resident: int  # programs that a multiprocessor's registers and shared memory have room for at once
     programs: int  # persistent programs that the table asks for; 0: not persistent
     warnings: str
 
@@ -76,8 +84,14 @@ def cases(architecture: str) -> list[Case]:
 
 
 def uncovered(architecture: str) -> set[str]:
-    """Kernels (`*_kernel`) of the sources that no case compiles."""
-    kernels = {name for source in SOURCES for name in vars(source) if name.endswith("_kernel")}
+    """Kernels (`*_kernel`) of the sources that no case compiles; a source without any case is not for that GPU."""
+    kernels = {
+        name
+        for source in SOURCES
+        if source.compile_cases(architecture)
+        for name in vars(source)
+        if name.endswith("_kernel")
+    }
     return kernels - {case.kernel.__name__ for case in cases(architecture)}
 
 
@@ -86,7 +100,7 @@ def compile_case(case: Case, architecture: str) -> Row:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    backend, arch, lanes, _ = ARCHITECTURES[architecture]
+    backend, arch, lanes, most = ARCHITECTURES[architecture]
     names = case.kernel.arg_names
     missing = set(names) ^ set(case.arguments)
     if missing:
@@ -112,13 +126,16 @@ def compile_case(case: Case, architecture: str) -> Row:
     registers = -(-measured["registers"] // 8) * 8  # handed out by eights
     # registers of a multiprocessor: 64 Ki; of each of an AMD compute unit's four SIMDs: 512 a lane
     warps = 4 * (512 // registers) if isinstance(arch, str) else 65_536 // (registers * lanes)
+    # shared memory: NVIDIA sets aside 1 KiB for each program, out of one more than a program may take
+    reserved = 0 if isinstance(arch, str) else 1024
+    room = most + reserved
     elements = case.tile.rows * case.tile.block / (case.tile.warps * lanes)
     return Row(
         case=case.name,
         kernel=case.kernel.__name__,
         architecture=architecture,
         shared=compiled.metadata.shared,
-        resident=warps // case.tile.warps,
+        resident=min(warps // case.tile.warps, room // max(compiled.metadata.shared + reserved, 1)),
         programs=case.tile.programs,
         per_element=round(measured["instructions"] / elements, 1),
         **measured,

@@ -32,7 +32,9 @@ OPERATORS = (
     "dropout",
 )
 # an operator joins with its kernel
-TRITON_OPERATORS = frozenset({"embed", "layer_norm", "add_layer_norm", "linear", "attention", "dropout"})
+TRITON_OPERATORS = frozenset(
+    {"embed", "layer_norm", "add_layer_norm", "linear", "attention", "gelu_mlp", "dropout"}
+)
 MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU: bfloat16 arithmetic and asynchronous copies
 
 # A plain global: Dynamo cannot trace a ContextVar, and autograd's own threads, which recompute checkpointed blocks,

@@ -41,13 +41,27 @@ class Tile(NamedTuple):
     origin: str
 
 
+class MatmulTile(NamedTuple):
+    """How a matmul of our own, (M, K) times (K, N) with a last step of its own, cuts its work."""
+
+    limit: int  # the widest model this is for
+    rows: int  # of the result; 0: no matmul of our own, the library's and a pass after it
+    block: int  # columns of the result
+    depth: int  # of K at once
+    warps: int
+    stages: int  # of the loop over K
+    split: int  # pieces that the last step takes the result in
+    programs: int  # persistent programs a multiprocessor
+    origin: str
+
+
 class Case(NamedTuple):
     """One kernel as `make kernels-report` compiles it: each argument's Triton type, or its value if a constant."""
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
-    tile: Tile
+    tile: Tile | MatmulTile
 
 
 ANY = 1 << 31
@@ -137,6 +151,57 @@ ROW_SUMS: dict[str, tuple[Tile, ...]] = {
     ),
     "interpreter": (Tile(ANY, 128, 4, 1, 1, 0, ""),),
 }
+
+
+# The feed-forward sub-layer. Its passes beside the library's matmuls, 16 bytes a thread and row. The backward keeps the
+# sums of its tile for the bias's gradient: 89 registers in bfloat16 and 120 in float32, where the forward has 48 and 64.
+GELU_FORWARD: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(ANY, 256, 16, 4, 1, 5, _OFFLINE),),
+    "interpreter": (Tile(ANY, 64, 16, 1, 1, 1, ""),),
+}
+GELU_BACKWARD: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(ANY, 128, 16, 4, 1, 4, _OFFLINE),),
+    "interpreter": (Tile(ANY, 64, 16, 1, 1, 1, ""),),
+}
+
+# Its matmuls with GELU as their last step, where a sweep showed one faster than the library's and a pass: no GPU has
+# run the sweep yet. limit is C; float32 multiplies without tensor cores, and the library does that faster.
+LIBRARY = MatmulTile(ANY, 0, 0, 0, 0, 0, 0, 0, _OFFLINE)
+MLP_UP: dict[str, tuple[MatmulTile, ...]] = {
+    "any": (LIBRARY,),
+    "interpreter": (MatmulTile(128, 64, 64, 32, 1, 1, 2, 1, ""), LIBRARY),
+}
+MLP_DOWN_GRADIENT: dict[str, tuple[MatmulTile, ...]] = {
+    "any": (LIBRARY,),
+    "interpreter": (MatmulTile(128, 64, 64, 32, 1, 1, 4, 1, ""), LIBRARY),
+}
+
+# What a sweep tries: one program a multiprocessor, whose tile reads least (168 registers up, 241 down), or two of
+# half the size, so that one multiplies during the other's last step (167 and 254 registers, 112 KiB each).
+MLP_UP_TILES: dict[str, tuple[MatmulTile, ...]] = dict.fromkeys(
+    ("sm_90", "sm_100"),
+    (
+        MatmulTile(ANY, 128, 256, 64, 8, 4, 2, 1, _OFFLINE),
+        MatmulTile(ANY, 128, 128, 64, 4, 3, 2, 2, _OFFLINE),
+    ),
+)
+MLP_DOWN_GRADIENT_TILES: dict[str, tuple[MatmulTile, ...]] = dict.fromkeys(
+    ("sm_90", "sm_100"),
+    (
+        MatmulTile(ANY, 128, 256, 64, 8, 3, 4, 1, _OFFLINE),
+        MatmulTile(ANY, 128, 128, 64, 4, 3, 2, 2, _OFFLINE),
+    ),
+)
+
+
+def matmul_tile(
+    table: dict[str, tuple[MatmulTile, ...]], architecture: str, columns: int, float32: bool
+) -> MatmulTile | None:
+    """The row for a model's width; None where the library's matmul is the faster form."""
+    if float32 and architecture != "interpreter":
+        return None
+    tile = next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
+    return tile if tile.rows else None
 
 
 def attention_tile(

@@ -65,6 +65,26 @@ ARGUMENTS = [
         "packed_attention_backward",
         (flat(2, 3, 8), flat(2, 3, 24), flat(2, 3, 8), flat(2, 2, 3), 2, FIRST, 0.0, None, 0, 0.5, True),
     ),
+    # in the interpreter, rows of whole 16 bytes go to our own matmuls, others to the library's
+    ("gelu_mlp", (leaf(2, 33, 8), leaf(72, 8), leaf(72), leaf(8, 72), leaf(8), False, True)),
+    ("gelu_mlp", (leaf(3, 5, dtype=F16), leaf(7, 5), None, leaf(7, 6).T, None, True, False)),
+    (
+        "gelu_mlp_backward",
+        (
+            *(flat(66, 8), flat(66, 8), flat(66, 72), flat(72, 8), flat(72), flat(8, 72)),
+            None,
+            False,
+            [True] * 4 + [False],
+        ),
+    ),
+    (
+        "gelu_mlp_backward",
+        (
+            *(flat(3, 6), flat(3, 5), None, flat(5, 7).T, None, flat(6, 7), flat(6)),
+            True,
+            [False, True, False, True, True],
+        ),
+    ),
     (
         "layer_norm_backward",
         (flat(3, 5), None, flat(3, 5), flat(5), flat(2, 3), 0.0, None, 0, F32, True, False, False),

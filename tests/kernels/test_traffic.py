@@ -6,7 +6,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from fusedgpt.kernels import add_layer_norm, causal_attention, dropout, embed, layer_norm, use_backend
+from fusedgpt.kernels import (
+    add_layer_norm,
+    causal_attention,
+    dropout,
+    embed,
+    gelu_mlp,
+    layer_norm,
+    use_backend,
+)
 from fusedgpt.kernels.backend import _triton
 from fusedgpt.kernels.column_sum import column_sum
 
@@ -28,9 +36,9 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     def watch(name: str, mask_at: int) -> None:
         original = getattr(InterpreterBuilder, name)
 
-        def watched(self, pointers, *rest):
+        def watched(self, pointers, *rest, **options):
             weights.append(int(rest[mask_at].data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
-            return original(self, pointers, *rest)
+            return original(self, pointers, *rest, **options)
 
         patch.setattr(InterpreterBuilder, name, watched)
 
@@ -134,3 +142,35 @@ def test_embed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (
         sum(backward) == rows * 2 * (COLUMNS * 2 + 8) + (vocabulary + length) * COLUMNS * 4 + partial + ends
     )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gelu_mlp_beside_the_librarys_matmuls(recompute: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    width, hidden = COLUMNS + 60, 2 * COLUMNS  # too wide for the interpreter's row of our own matmuls
+    x, w_fc, w_proj = leaf(ROWS, width), leaf(hidden, width), leaf(width, hidden)
+    b_fc = leaf(hidden, dtype=torch.float32)
+    tensor = ROWS * hidden * 2  # bytes
+    with moved(monkeypatch) as forward:
+        y = gelu_mlp(x, w_fc, b_fc, w_proj, None, recompute=recompute)
+    # a program for each block of 64 columns, which reads its bias and writes its sums once
+    assert sum(forward) == 2 * tensor + 4 * hidden
+    with moved(monkeypatch) as backward:
+        y.backward(torch.ones_like(y))
+    assert sum(backward) == 4 * tensor + 4 * hidden + 4 * hidden
+
+
+def test_gelu_mlp_within_our_own_matmuls(monkeypatch: pytest.MonkeyPatch) -> None:
+    width, hidden, rows = 64, 128, 128  # whole tiles of 64 x 64: what the edges cut off would be weighed too
+    x, w_fc, w_proj = leaf(rows, width), leaf(hidden, width), leaf(width, hidden)
+    b_fc = leaf(hidden, dtype=torch.float32)
+    tensor, across, along = rows * hidden * 2, hidden // 64, rows // 64
+    operands = (
+        across * rows * width * 2 + along * hidden * width * 2
+    )  # each is read once for every tile of the other
+    bias = along * hidden * 4
+    with moved(monkeypatch) as forward:
+        y = gelu_mlp(x, w_fc, b_fc, w_proj, None)
+    assert sum(forward) == operands + bias + 2 * tensor
+    with moved(monkeypatch) as backward:
+        y.backward(torch.ones_like(y))
+    assert sum(backward) == operands + 2 * bias + 3 * tensor

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from fusedgpt.kernels import add_layer_norm, dropout, explain, layer_norm, use_backend
+from fusedgpt.kernels import add_layer_norm, dropout, explain, gelu_mlp, layer_norm, use_backend
 from fusedgpt.kernels import backend as dispatch
 from fusedgpt.kernels.selfcheck import check_all, may_miscompile, ptxas_version
 
@@ -108,6 +108,7 @@ WRONG = [
     (lambda: add_layer_norm(X, X, W, x_bias=W[:2]), ValueError, "x_bias has shape"),
     (lambda: add_layer_norm(X, X, W, dropout_p=0.1), ValueError, "needs a seed"),
     (lambda: add_layer_norm(X, X, W, dropout_p=1.1, seed=SEED), ValueError, "outside"),
+    (lambda: gelu_mlp(X, W.expand(4, 5), W, X[:1].expand(2, 5), None), ValueError, "b_fc has shape"),
     (lambda: dropout(X, float("nan"), SEED), ValueError, "outside"),
     (lambda: dropout(X, 0.1, 3), TypeError, "seed is a int"),
     (lambda: dropout(X, 0.1, SEED.int()), TypeError, "seed is int32"),
