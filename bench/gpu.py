@@ -16,7 +16,16 @@ from pathlib import Path
 
 import torch
 
-from ..kernels import add_layer_norm, causal_attention, dropout, embed, layer_norm, linear, use_backend
+from ..kernels import (
+    add_layer_norm,
+    causal_attention,
+    dropout,
+    embed,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    use_backend,
+)
 from ..kernels.backend import TRITON_OPERATORS
 from ..kernels.selfcheck import Example, parity
 from . import ops, record, suite, tile_sweep
@@ -63,6 +72,15 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
 
         return {"wte": (vocabulary, columns), "wpe": (length, columns)}, call
 
+    def mlp(columns: int, **options: Any) -> Example:
+        hidden = 4 * columns
+        shapes: dict[str, tuple[int, ...]] = {"x": (rows, columns), "w_fc": (hidden, columns)}
+        shapes |= {"b_fc": (hidden,), "w_proj": (columns, hidden), "b_proj": (columns,)}
+        # a power of two, so that it rounds nothing: pre-activations where GELU bends
+        return shapes, lambda t: gelu_mlp(
+            t["x"], t["w_fc"] / 32, t["b_fc"], t["w_proj"] / 32, t["b_proj"], **options
+        )
+
     widths = (768, 1024, 1280, 1600)
     examples: dict[str, dict[str, Example]] = {
         "embed": {f"{rows} x {c}, p = {p}": tables(c, p) for c, p in ((768, 0.0), (1600, 0.1))},
@@ -73,6 +91,10 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
             f"4 x {min(t, rows)} x 3 x {c}, p = {p}": heads(min(t, rows), c, p)
             for t, c in ((1024, 768), (777, 1600))
             for p in (0.0, 0.1)
+        },
+        "gelu_mlp": {
+            **{f"{rows} x {c}": mlp(c) for c in widths},
+            f"{rows} x 768, exact, recomputed": mlp(768, approximate="none", recompute=True),
         },
         "dropout": {f"{rows} x 768": ({"x": (rows, 768)}, lambda t: dropout(t["x"], 0.1, t["seed"], 4))},
     }

@@ -3,6 +3,8 @@
 Every candidate is put into the table in turn, compared with float64 on a small uneven input, and then timed beside
 the row that the table has now, in turns with it. Widths that share a block share a row, so a candidate is judged by
 the mean of its ratios over them. Whether a winner spills or waits for room shows `make kernels-report`.
+
+For the feed-forward sub-layer a row also chooses the form: the library's matmul, or one of our own.
 """
 
 import datetime
@@ -10,22 +12,30 @@ import itertools
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels import add_layer_norm
+from ..kernels import add_layer_norm, gelu_mlp
 from ..kernels.layer_norm_kernels import GPT2_WIDTHS
-from ..kernels.selfcheck import parity
+from ..kernels.selfcheck import Example, parity
 from ..kernels.tiles import (
     ANY,
     LAYER_NORM_BACKWARD,
     LAYER_NORM_FORWARD,
+    LIBRARY,
+    MLP_DOWN_GRADIENT,
+    MLP_DOWN_GRADIENT_TILES,
+    MLP_UP,
+    MLP_UP_TILES,
+    MatmulTile,
     Tile,
     hardware,
+    matmul_row,
     next_power_of_two,
     select,
 )
@@ -37,11 +47,21 @@ PER_THREAD = (8, 32)  # elements of a tile, least and most: fewer load in small 
 SHOWN = 5
 UNEVEN_ROWS = 1037  # of the parity check
 
-Table = dict[str, tuple[Tile, ...]]
+Table = dict[str, Any]  # architecture to rows of Tile or of MatmulTile
+
+
+class Sweep(NamedTuple):
+    """A table, and how a row of it is tried."""
+
+    table: Table
+    make_work: Callable[..., Callable[[int], object]]  # of rows, columns, dtype and device: what is timed
+    candidates: Callable[[int, str], Iterable[Tile | MatmulTile]]  # for rows of a block, on an architecture
+    example: Callable[[int], Example]  # of so many columns: what must be right
+    present: Callable[[Table, str, int], Tile | MatmulTile]  # the table's row for an architecture and a width
 
 
 class Result(NamedTuple):
-    tile: Tile
+    tile: Tile | MatmulTile
     ratio: float  # its time over the present row's, the geometric mean over the widths
     milliseconds: dict[int, float]  # of each width
 
@@ -72,11 +92,11 @@ def run_tiles(
     for width in widths:
         blocks[min(next_power_of_two(width), 2 * WHOLE)].append(width)
     found: list[str] = []
-    for title, (table, make_work) in TABLES.items():
+    for title, sweep in TABLES.items():
         found.append(f"{title}, {hardware(device).architecture}:")
         for block, columns in sorted(blocks.items()):
             until = time.monotonic() + seconds / len(TABLES) / len(blocks)
-            results = list(_sweep(table, make_work, block, columns, dtype, device, rows, rounds, until))
+            results = list(_sweep(sweep, block, columns, dtype, device, rows, rounds, until))
             results.sort(key=lambda result: result.ratio)
             print(f"{title}, C = {', '.join(map(str, columns))}, {dtype_name}")
             for result in results[:SHOWN]:
@@ -84,14 +104,15 @@ def run_tiles(
                 print(
                     f"    {_row(result.tile, 'now' if result.ratio == 1 else '')}  {result.ratio:.3f}  {times}"
                 )
-            found.append(f"    {_row(results[0].tile, origin)}")
+            winner = results[0].tile._replace(limit=block if block <= WHOLE else ANY)
+            found.append(f"    {_row(winner, origin)}")
     print("\nThe rows to paste, by the time they take; hold them against `make kernels-report` first.")
     print("\n".join(found))
     return found
 
 
-def candidates(block: int) -> Iterator[Tile]:
-    """Tiles for rows of `block` columns, a power of two; above WHOLE, for rows that are taken in blocks."""
+def candidates(block: int, _: str = "") -> Iterator[Tile]:
+    """Tiles, on any architecture, for rows of `block` columns, a power of two; above WHOLE, for rows that are taken in blocks."""
     if block > WHOLE:
         for size, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
             if _fits(size, warps):
@@ -109,7 +130,7 @@ def _fits(elements: int, warps: int) -> bool:
 
 
 @contextmanager
-def in_table(table: Table, architecture: str, tile: Tile) -> Iterator[None]:
+def in_table(table: Table, architecture: str, tile: Tile | MatmulTile) -> Iterator[None]:
     """The table with this tile for every width of one architecture."""
     before = table.get(architecture)
     table[architecture] = (tile._replace(limit=ANY),)
@@ -123,8 +144,7 @@ def in_table(table: Table, architecture: str, tile: Tile) -> Iterator[None]:
 
 
 def _sweep(
-    table: Table,
-    make_work: Callable,
+    sweep: Sweep,
     block: int,
     widths: Sequence[int],
     dtype: torch.dtype,
@@ -135,17 +155,18 @@ def _sweep(
 ) -> Iterator[Result]:
     """The present row (ratio 1) and every candidate that is right."""
     architecture = hardware(device).architecture
-    present = select(table, architecture, widths[0])
-    works = {c: make_work(rows or full_rows(device), c, dtype, device) for c in widths}
+    table = sweep.table
+    present = sweep.present(table, architecture, widths[0])
+    works = {c: sweep.make_work(rows or full_rows(device), c, dtype, device) for c in widths}
     yield Result(present, 1.0, dict(zip(widths, _times(list(works.values()), device, rounds), strict=True)))
-    tiles = [tile for tile in candidates(block) if tile[1:6] != present[1:6]]
+    tiles = [tile for tile in sweep.candidates(block, architecture) if tile[1:-1] != present[1:-1]]
     for number, tile in enumerate(tiles):
         if time.monotonic() > until:
             print(f"    no time for {len(tiles) - number} of {len(tiles)} candidates")
             return
         try:
             with in_table(table, architecture, tile):
-                checks = [parity(_example(c), device, dtype) for c in widths]
+                checks = [parity(sweep.example(c), device, dtype) for c in widths]
         except Exception as failure:  # out of shared memory or registers: no tile for this GPU
             print(f"    {_row(tile, '')} cannot run: {type(failure).__name__}")
             continue
@@ -168,12 +189,12 @@ def _times(calls: list[Callable[[int], object]], device: torch.device, rounds: i
     return medians(calls, device, rounds, warm_up=2)
 
 
-def _row(tile: Tile, origin: str) -> str:
+def _row(tile: Tile | MatmulTile, origin: str) -> str:
     limit = "ANY" if tile.limit == ANY else str(tile.limit)
-    return f'Tile({limit}, {", ".join(map(str, tile[1:6]))}, "{origin}"),'
+    return f'{type(tile).__name__}({limit}, {", ".join(map(str, tile[1:-1]))}, "{origin}"),'
 
 
-def _example(columns: int):
+def _example(columns: int) -> Example:
     """An input with rows left over, and all that the kernels can do."""
     shape = (UNEVEN_ROWS, columns)
     shapes = {"x": shape, "residual": shape, "weight": (columns,), "bias": (columns,), "x_bias": (columns,)}
@@ -186,33 +207,70 @@ def _example(columns: int):
     return shapes, call
 
 
-def _tensors(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _mlp_example(columns: int) -> Example:
+    """Enough rows for every multiprocessor to have a tile: with fewer the library's matmul runs in any case."""
+    hidden = 4 * columns
+    shapes = {"x": (4 * UNEVEN_ROWS, columns), "w_fc": (hidden, columns), "b_fc": (hidden,)}
+    shapes |= {"w_proj": (columns, hidden), "b_proj": (columns,)}
+    # a power of two, so that it rounds nothing: pre-activations where GELU bends
+    return shapes, lambda t: gelu_mlp(t["x"], t["w_fc"] / 32, t["b_fc"], t["w_proj"] / 32, t["b_proj"])
+
+
+Bound = tuple[Callable[[], Any], list[Tensor]]  # a call on full-size tensors, and these: x first
+
+
+def _norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Bound:
     """x and residual, then weight, bias and x_bias as float32 masters."""
-    big = [torch.randn(rows, columns, device=device).to(dtype).requires_grad_() for _ in range(2)]
-    return [*big, *(torch.randn(columns, device=device).requires_grad_() for _ in range(3))]
+    x, residual = (torch.randn(rows, columns, device=device).to(dtype).requires_grad_() for _ in range(2))
+    weight, bias, x_bias = (torch.randn(columns, device=device).requires_grad_() for _ in range(3))
+    call = partial(add_layer_norm, x, residual, weight, bias, x_bias=x_bias)
+    return call, [x, residual, weight, bias, x_bias]
 
 
-def _forward(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], object]:
-    sets = [_tensors(rows, columns, dtype, device) for _ in range(2)]
-
-    def call(i: int) -> object:
-        x, residual, weight, bias, x_bias = sets[i % 2]
-        return add_layer_norm(x, residual, weight, bias, x_bias=x_bias)
-
-    return call
+def _mlp(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Bound:
+    """As GPT-2's blocks call it: x, then w_fc, b_fc and w_proj as float32 masters."""
+    x = torch.randn(rows, columns, device=device).to(dtype).requires_grad_()
+    shapes = ((4 * columns, columns), (4 * columns,), (columns, 4 * columns))
+    w_fc, b_fc, w_proj = ((torch.randn(shape, device=device) / 32).requires_grad_() for shape in shapes)
+    return partial(gelu_mlp, x, w_fc, b_fc, w_proj, None), [x, w_fc, b_fc, w_proj]
 
 
-def _backward(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Callable[[int], object]:
+def _forward(bind: Callable[..., Bound], *sizes: Any) -> Callable[[int], object]:
+    calls = [bind(*sizes)[0] for _ in range(2)]
+    return lambda i: calls[i % 2]()
+
+
+def _backward(bind: Callable[..., Bound], *sizes: Any) -> Callable[[int], object]:
     graphs = []
     for _ in range(2):
-        leaves = _tensors(rows, columns, dtype, device)
-        x, residual, weight, bias, x_bias = leaves
-        outputs = add_layer_norm(x, residual, weight, bias, x_bias=x_bias)
-        graphs.append((outputs, leaves, [torch.randn_like(y) for y in outputs]))
+        call, leaves = bind(*sizes)
+        outputs = call()
+        several = outputs if isinstance(outputs, tuple) else (outputs,)
+        graphs.append((outputs, leaves, [torch.randn_like(y) for y in several]))
     return lambda i: torch.autograd.grad(*graphs[i % 2], retain_graph=True)
 
 
-TABLES: dict[str, tuple[Table, Callable]] = {
-    "LAYER_NORM_FORWARD": (LAYER_NORM_FORWARD, _forward),
-    "LAYER_NORM_BACKWARD": (LAYER_NORM_BACKWARD, _backward),
+def _forms(own: dict[str, tuple[MatmulTile, ...]], _: int, architecture: str) -> tuple[MatmulTile, ...]:
+    return (*own.get(architecture, ()), LIBRARY)
+
+
+TABLES = {
+    "MLP_UP": Sweep(
+        MLP_UP,
+        partial(_forward, _mlp),
+        partial(_forms, MLP_UP_TILES),
+        _mlp_example,
+        matmul_row,
+    ),
+    "MLP_DOWN_GRADIENT": Sweep(
+        MLP_DOWN_GRADIENT,
+        partial(_backward, _mlp),
+        partial(_forms, MLP_DOWN_GRADIENT_TILES),
+        _mlp_example,
+        matmul_row,
+    ),
+    "LAYER_NORM_FORWARD": Sweep(LAYER_NORM_FORWARD, partial(_forward, _norm), candidates, _example, select),
+    "LAYER_NORM_BACKWARD": Sweep(
+        LAYER_NORM_BACKWARD, partial(_backward, _norm), candidates, _example, select
+    ),
 }

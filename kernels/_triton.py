@@ -27,13 +27,15 @@ class _Absent:
 
 triton: Any
 tl: Any
+TensorDescriptor: Any
 MISSING: str | None = None  # why there is no Triton
 try:
     import triton  # type: ignore[no-redef,import-untyped]
     import triton.language as tl  # type: ignore[no-redef,import-untyped]
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[no-redef,import-untyped]
 except ImportError as error:
     MISSING = str(error)
-    triton = tl = _Absent()
+    triton = tl = TensorDescriptor = _Absent()
 
 # TRITON_INTERPRET=1 at import: the kernels of this process run in Triton's interpreter, on CPU tensors
 INTERPRETED: bool = MISSING is None and bool(triton.knobs.runtime.interpret)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from ._triton import on_device_of, triton
+from ._triton import TensorDescriptor, on_device_of, triton
 from .backend import autocast, choose, register
 from .matmul import product
 from .mlp_kernels import gelu_backward_kernel, gelu_kernel
@@ -166,8 +166,6 @@ def _described(x: Tensor | None, block: tuple[int, int]) -> Any:
     """A descriptor of x (rows, columns) by blocks of that shape; of a copy where x has another layout."""
     if x is None:
         return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     rows_apart = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % _ALIGNED == 0
     if x.stride(1) != 1 or not rows_apart or x.data_ptr() % _ALIGNED:
         x = x.clone(memory_format=torch.contiguous_format)

@@ -200,8 +200,12 @@ def matmul_tile(
     """The row for a model's width; None where the library's matmul is the faster form."""
     if float32 and architecture != "interpreter":
         return None
-    tile = next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
+    tile = matmul_row(table, architecture, columns)
     return tile if tile.rows else None
+
+
+def matmul_row(table: dict[str, tuple[MatmulTile, ...]], architecture: str, columns: int) -> MatmulTile:
+    return next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
 
 
 def attention_tile(

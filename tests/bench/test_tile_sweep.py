@@ -7,7 +7,7 @@ import torch
 
 from fusedgpt.bench import tile_sweep
 from fusedgpt.kernels import _triton, use_backend
-from fusedgpt.kernels.tiles import ANY, LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, Tile, select
+from fusedgpt.kernels.tiles import ANY, LAYER_NORM_FORWARD, LIBRARY, MatmulTile, Tile, select
 
 CPU = torch.device("cpu")
 INTERPRETED = pytest.mark.skipif(not _triton.INTERPRETED, reason="this process compiles its kernels")
@@ -34,38 +34,54 @@ def test_a_table_holds_the_candidate_and_is_put_back(architecture: str) -> None:
     assert before == LAYER_NORM_FORWARD
 
 
-@pytest.mark.parametrize("tile", [Tile(ANY, 4096, 1, 8, 1, 0, "measured"), Tile(64, 64, 16, 1, 2, 12, "x")])
-def test_a_printed_row_is_the_tile(tile: Tile) -> None:
-    text = tile_sweep._row(tile, tile.origin).removeprefix("Tile(").removesuffix("),")
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(ANY, 4096, 1, 8, 1, 0, "measured"),
+        Tile(64, 64, 16, 1, 2, 12, "x"),
+        MatmulTile(1024, 128, 256, 64, 8, 4, 2, 1, "x"),
+        LIBRARY,
+    ],
+)
+def test_a_printed_row_is_the_tile(tile: Tile | MatmulTile) -> None:
+    text = tile_sweep._row(tile, tile.origin).removeprefix(f"{type(tile).__name__}(").removesuffix("),")
     *numbers, origin = text.replace("ANY", str(ANY)).split(", ")
     assert (*map(int, numbers), origin.strip('"')) == tile
+
+
+# three rows are no power of two
+SMALL = (Tile(8, 8, 2, 1, 1, 1, ""), Tile(8, 8, 3, 1, 1, 1, ""))
+SMALL_MATMULS = (MatmulTile(8, 16, 32, 16, 1, 1, 2, 1, ""), MatmulTile(8, 3, 32, 16, 1, 1, 2, 1, ""))
 
 
 @INTERPRETED
 @pytest.mark.parametrize("title", tile_sweep.TABLES)
 def test_a_sweep_in_the_interpreter(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, failing = Tile(8, 8, 2, 1, 1, 1, ""), Tile(8, 8, 3, 1, 1, 1, "")  # three rows are no power of two
-    monkeypatch.setattr(tile_sweep, "candidates", lambda block: [right, failing])
+    right, failing = SMALL_MATMULS if title.startswith("MLP") else SMALL
     monkeypatch.setattr(tile_sweep, "UNEVEN_ROWS", 5)
-    table, make_work = tile_sweep.TABLES[title]
+    sweep = tile_sweep.TABLES[title]._replace(candidates=lambda *_: (right, failing))
+    present = sweep.present(sweep.table, "interpreter", 4)
     with use_backend("triton"):
-        results = list(tile_sweep._sweep(table, make_work, 8, [5, 7], torch.float32, CPU, 4, 2, float("inf")))
-    assert [result.tile[:6] for result in results] == [select(table, "interpreter", 5)[:6], right[:6]]
+        results = list(tile_sweep._sweep(sweep, 8, [4, 8], torch.float32, CPU, 4, 2, float("inf")))
+    assert [result.tile[:-1] for result in results] == [present[:-1], right[:-1]]
     assert results[0].ratio == 1.0
-    assert results[1].milliseconds.keys() == {5, 7}
+    assert results[1].milliseconds.keys() == {4, 8}
+
+
+@pytest.mark.parametrize("title", ["MLP_UP", "MLP_DOWN_GRADIENT"])
+def test_the_feed_forward_tables_choose_between_both_forms(title: str) -> None:
+    candidates = tile_sweep.TABLES[title].candidates
+    assert [tile.rows > 0 for tile in candidates(1024, "sm_90")] == [True, True, False]
+    assert list(candidates(1024, "sm_80")) == [LIBRARY]
 
 
 @INTERPRETED
 def test_a_wrong_tile_is_no_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tile_sweep, "candidates", lambda block: [Tile(8, 8, 2, 1, 1, 1, "")])
     monkeypatch.setattr(tile_sweep, "parity", lambda *_: (0.2, 0.1))
+    sweep = tile_sweep.TABLES["LAYER_NORM_BACKWARD"]._replace(candidates=lambda *_: SMALL[:1])
     with use_backend("triton"):
-        results = list(
-            tile_sweep._sweep(
-                LAYER_NORM_BACKWARD, tile_sweep._forward, 8, [5], torch.float32, CPU, 4, 2, float("inf")
-            )
-        )
+        results = list(tile_sweep._sweep(sweep, 8, [5], torch.float32, CPU, 4, 2, float("inf")))
     assert len(results) == 1
     assert "is WRONG" in capsys.readouterr().out

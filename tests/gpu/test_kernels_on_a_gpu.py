@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from fusedgpt.bench.gpu import DTYPES, full_size
+from fusedgpt.bench.tile_sweep import TABLES, _mlp_example, in_table
 from fusedgpt.bench.timing import full_rows
-from fusedgpt.kernels import add_layer_norm, dropout, embed, layer_norm, linear, use_backend
+from fusedgpt.kernels import add_layer_norm, dropout, embed, gelu_mlp, layer_norm, linear, mlp, use_backend
 from fusedgpt.kernels._triton import INTERPRETED
 from fusedgpt.kernels.backend import TRITON_OPERATORS
 from fusedgpt.kernels.dropout import _words, keep_mask
 from fusedgpt.kernels.selfcheck import EXAMPLES, parity
+from fusedgpt.kernels.tiles import LIBRARY, hardware
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that Triton compiles for"
@@ -160,12 +162,49 @@ def _tables(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return torch.randint(9, (3, 20), device=GPU), leaf(9, 70, dtype=dtype), leaf(20, 70, dtype=dtype)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gelu_mlp_in_a_cuda_graph_is_that_outside(recompute: bool) -> None:
+    tensors = [leaf(2000, 256), *(leaf(*n, dtype=torch.float32) for n in ((1024, 256), (1024,), (256, 1024)))]
+    incoming = torch.randn(2000, 256, device=GPU, dtype=BF16)
+
+    def work() -> list[torch.Tensor]:
+        y = gelu_mlp(*tensors, None, recompute=recompute)
+        return [y, *torch.autograd.grad(y, tensors, incoming)]
+
+    graph, results = captured(work)
+    with torch.no_grad():
+        tensors[0].copy_(torch.randn_like(tensors[0]))
+    graph.replay()
+    torch.testing.assert_close(
+        results, work(), rtol=1e-2, atol=1e-2
+    )  # cuBLAS promises no bits across streams
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("title", ["MLP_UP", "MLP_DOWN_GRADIENT"])
+def test_every_form_of_the_feed_forward_sub_layer(
+    title: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the table does not choose here it may choose on another GPU; C and 4C are no multiples of a tile."""
+    ran = []
+    original = mlp._launch_matmul
+    monkeypatch.setattr(mlp, "_launch_matmul", lambda *a: ran.append(a[1]) or original(*a))
+    architecture = hardware(GPU).architecture
+    for tile in TABLES[title].candidates(1024, architecture):
+        ran.clear()
+        with in_table(TABLES[title].table, architecture, tile):
+            error, allowed = parity(_mlp_example(840), GPU, dtype)
+        assert error <= allowed, tile
+        assert bool(ran) == (tile != LIBRARY)
+
+
 OPCHECK = [
     ("embed", lambda: (*_tables(torch.float32), 0.1, seed(1), 2, BF16)),
     (
         "linear",
         lambda: (leaf(33, 70), w := leaf(90, 70, dtype=torch.float32), w.detach().bfloat16(), leaf(90)),
     ),
+    ("gelu_mlp", lambda: (leaf(33, 64), leaf(256, 64), leaf(256), leaf(64, 256), None, False, True)),
     ("dropout", lambda: (leaf(33, 70), 0.3, seed(1), 1)),
     ("layer_norm", lambda: (leaf(33, 768), leaf(768, dtype=torch.float32), None, 1e-5, BF16)),
     ("layer_norm", lambda: (leaf(3, 9001), leaf(9001), leaf(9001), 1e-5, torch.float32)),
@@ -223,6 +262,18 @@ class TestMoreThan2To31Elements:
         y_tail = layer_norm(tail, weight, bias)
         torch.testing.assert_close(y[-5:], y_tail)
         torch.testing.assert_close(dx[-5:], torch.autograd.grad(y_tail, tail, incoming[-5:])[0])
+
+    def test_gelu_mlp(self) -> None:
+        x, w_fc, b_fc = leaf(self.ROWS, 256), leaf(self.COLUMNS, 256), leaf(self.COLUMNS)
+        w_proj = leaf(256, self.COLUMNS)
+        incoming = torch.randn(self.ROWS, 256, device=GPU, dtype=BF16)
+        y = gelu_mlp(x, w_fc / 16, b_fc, w_proj / 32, None)
+        (dx,) = torch.autograd.grad(y, x, incoming)
+        tail = x.detach()[-5:].clone().requires_grad_()
+        y_tail = gelu_mlp(tail, w_fc / 16, b_fc, w_proj / 32, None)
+        torch.testing.assert_close(y[-5:], y_tail, rtol=2e-2, atol=2e-2)
+        (dx_tail,) = torch.autograd.grad(y_tail, tail, incoming[-5:])
+        torch.testing.assert_close(dx[-5:], dx_tail, rtol=2e-2, atol=2e-2)
 
     def test_dropout(self) -> None:
         y = dropout(torch.ones(self.ROWS, self.COLUMNS, device=GPU, dtype=BF16), 0.5, seed(3), 1)
