@@ -28,7 +28,7 @@ from torch import Tensor
 
 from . import checks, reference
 from ._triton import TensorDescriptor, on_device_of, triton
-from .backend import autocast, choose, register
+from .backend import autocast, choose, register, without_autocast
 from .matmul import product
 from .mlp_kernels import gelu_backward_kernel, gelu_kernel
 from .mlp_matmul_kernels import constants, down_gradient_kernel, up_kernel
@@ -281,7 +281,9 @@ def _gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 7
     wanted = list(ctx.needs_input_grad[:5])
-    gradients = _backward(dy, *ctx.saved_tensors, ctx.exact, wanted)
+    # in a backward that runs inside the region, autocast would round what the weights' gradients keep exact
+    with without_autocast(dy):
+        gradients = _backward(dy, *ctx.saved_tensors, ctx.exact, wanted)
     found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
     return *found, None, None
 

@@ -175,9 +175,8 @@ def test_gelu_mlp_in_a_cuda_graph_is_that_outside(recompute: bool) -> None:
     with torch.no_grad():
         tensors[0].copy_(torch.randn_like(tensors[0]))
     graph.replay()
-    torch.testing.assert_close(
-        results, work(), rtol=1e-2, atol=1e-2
-    )  # cuBLAS promises no bits across streams
+    # cuBLAS promises no bits from one stream to another
+    torch.testing.assert_close(results, work(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float16])

@@ -229,6 +229,16 @@ def test_the_same_bits_twice(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
 
 
+def test_a_backward_inside_autocast_rounds_nothing() -> None:
+    tensors = inputs(torch.float32, torch.float32, 20, 24, 72)
+    with form("library"):
+        y = gelu_mlp(*tensors).sum()
+        outside = torch.autograd.grad(y, tensors, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = torch.autograd.grad(y, tensors)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
 def test_float64_is_left_to_the_reference() -> None:
     tensors = inputs(torch.float64, torch.float64, 3, 8, 40)
     with use_backend("triton"), pytest.raises(RuntimeError, match="float64"):
