@@ -5,7 +5,7 @@ passes of `mlp_kernels.py` do is here the last step of a tile, on the accumulato
 fetches its next tile during that step (FLAT); where two share one, each works during the other's.
 
 The last step takes two instructions of the special-function unit (MUFU) an element, and with the loop that feeds it 14
-to 17 instructions up and 28 to 35 down, on sm_90 with Triton 3.6 and 3.9.
+to 17 instructions up and 29 to 35 down, on sm_90 with Triton 3.6 and 3.9.
 
 Descriptors are read by a unit of Hopper and later GPUs. Compiled for older ones the same kernels spill: those GPUs have
 the library's matmuls only.
