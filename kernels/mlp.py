@@ -17,7 +17,7 @@ For M rows of C, F = 4 C and s bytes an element: 6 matmuls, 12 M C F FLOPs (7 an
 The first takes two passes of `mlp_kernels.py`, with dpre over da; the second does the same as the last step of a
 matmul of our own, `mlp_matmul_kernels.py`. Which is faster depends on the GPU and on C: rows of `tiles.py`. Weights'
 gradients and the other matmuls are the library's in both. db_fc comes out of partial sums that every program writes
-once, added up in a fixed order; db_proj is PyTorch's sum, M C s read, and add_layer_norm's `x_bias` saves that too.
+once, added up in a fixed order; db_proj reads dy once more (`column_sum.py`), which add_layer_norm's `x_bias` saves.
 """
 
 from collections.abc import Sequence
@@ -29,6 +29,7 @@ from torch import Tensor
 from . import checks, reference
 from ._triton import TensorDescriptor, on_device_of, triton
 from .backend import autocast, choose, register, without_autocast
+from .column_sum import column_sum
 from .matmul import product
 from .mlp_kernels import gelu_backward_kernel, gelu_kernel
 from .mlp_matmul_kernels import constants, down_gradient_kernel, up_kernel
@@ -209,7 +210,7 @@ def _launch_backward(
     dx, dw_fc, db_fc, dw_proj, db_proj = (x.new_empty(0) for _ in wanted)
     shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, w_proj.shape[0]).contiguous()
     if want_b_proj and b_proj is not None:
-        db_proj = dy.sum(0, dtype=torch.float32).to(b_proj.dtype)
+        db_proj = column_sum(dy).to(b_proj.dtype)
     inner = want_x or want_w_fc or want_b_fc
     if not inner and not want_w_proj:
         return dx, dw_fc, db_fc, dw_proj, db_proj
