@@ -36,6 +36,7 @@ SOURCES = [
         "embedding_kernels",
         "mlp_kernels",
         "mlp_matmul_kernels",
+        "cross_entropy_kernels",
     )
 ]
 

@@ -33,7 +33,16 @@ OPERATORS = (
 )
 # an operator joins with its kernel
 TRITON_OPERATORS = frozenset(
-    {"embed", "layer_norm", "add_layer_norm", "linear", "attention", "gelu_mlp", "dropout"}
+    {
+        "embed",
+        "layer_norm",
+        "add_layer_norm",
+        "linear",
+        "attention",
+        "gelu_mlp",
+        "linear_cross_entropy",
+        "dropout",
+    }
 )
 MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU: bfloat16 arithmetic and asynchronous copies
 

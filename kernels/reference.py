@@ -145,10 +145,27 @@ class TanhGELU(torch.autograd.Function):
 
 
 def linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, ignore_index: int, reduction: str
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    reduction: str,
 ) -> Tensor:
-    logits = linear(x, weight[:vocab_size], None)  # (N, V)
-    return F.cross_entropy(_wide(logits), targets.long(), ignore_index=ignore_index, reduction=reduction)
+    logits = _wide(linear(x, weight[:vocab_size], None))  # (N, V)
+    targets = targets.long()
+    loss = F.cross_entropy(
+        logits, targets, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    if z_loss == 0.0:
+        return loss
+    counts = targets != ignore_index
+    squares = torch.logsumexp(logits, 1).square().masked_fill(~counts, 0.0)  # (N,)
+    if reduction != "none":
+        squares = squares.sum() / (counts.sum() if reduction == "mean" else 1)
+    return loss + z_loss * squares
 
 
 def _dropout(x: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor:

@@ -209,6 +209,14 @@ def matmul_row(table: dict[str, tuple[MatmulTile, ...]], architecture: str, colu
     return next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
 
 
+# Cross-entropy: limit is a row of logits, which two passes read. Few and wide programs, so that the rows at work (100 KB
+# each at 50304 columns in bfloat16) are still in the caches when the second pass comes.
+CROSS_ENTROPY: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(1024, 1024, 1, 4, 1, 0, _OFFLINE), Tile(ANY, 8192, 1, 16, 1, 0, _OFFLINE)),
+    "interpreter": (Tile(ANY, 128, 1, 1, 1, 0, ""),),
+}
+
+
 def attention_tile(
     table: dict[str, tuple[Tile, ...]], architecture: str, head_dim: int, float32: bool
 ) -> Tile:

@@ -27,6 +27,7 @@ def flat(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 F32, F16 = torch.float32, torch.float16
 FIRST = torch.tensor([[0, 0, 2], [1, 3, 0]], dtype=torch.int32, device=DEVICE)
 IDS = torch.tensor([[3, 0, 3], [6, 3, 1]], device=DEVICE)
+TARGETS = torch.tensor([0, 3, 4, 1, 3], device=DEVICE)
 ARGUMENTS = [
     ("embed", (IDS, leaf(7, 5), leaf(4, 5), 0.3, SEED, 1, F16)),
     ("embed", (IDS.int(), leaf(7, 140, dtype=F16), leaf(3, 140), 0.0, None, 0, F32)),
@@ -84,6 +85,15 @@ ARGUMENTS = [
             True,
             [False, True, False, True, True],
         ),
+    ("linear_cross_entropy", (leaf(5, 6), leaf(70, 6), TARGETS, 67, 3, 0.1, 1e-3, True, True, True)),
+    (
+        "linear_cross_entropy",
+        (leaf(5, 6, dtype=F16), leaf(7, 6), TARGETS.int(), 5, -100, 0.0, 0.0, False, False, True),
+    ),
+    ("linear_cross_entropy_loss", (leaf(5, 6), leaf(70, 6, dtype=F16), TARGETS, 67, 3, 0.0, 1e-3)),
+    (
+        "linear_cross_entropy_backward",
+        (flat(5), flat(5, 6, dtype=F16), flat(70, 6), TARGETS, flat(5), 67, 3, 0.1, 0.0, True, False),
     ),
     (
         "layer_norm_backward",
