@@ -54,10 +54,7 @@ EXAMPLES: dict[str, Example] = {
     ),
     "linear_cross_entropy": (
         {"x": (B * T, C), "weight": (V, C)},
-        lambda t: (
-            linear_cross_entropy(t["x"], t["weight"], t["targets"], V - 3),
-            linear_cross_entropy(t["x"][:30], t["weight"], t["targets"][:30], V - 3, 7, "none", 0.1, 1e-4),
-        ),
+        lambda t: linear_cross_entropy(t["x"], t["weight"], t["targets"], V - 3),
     ),
     "dropout": ({"x": (B, T, C)}, lambda t: dropout(t["x"], 0.1, t["seed"], 4)),
 }

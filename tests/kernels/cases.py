@@ -168,11 +168,18 @@ def gelu_mlp(
 
 
 def cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     logits = F.linear(x, weight[:VOCAB])
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits, targets, reduction=reduction, ignore_index=ignore_index)
+    rows = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
+    rows = rows + z_loss * (targets != -100) * logits.logsumexp(1) ** 2
+    return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / (targets != -100).sum()}[reduction]
 
 
 def _with_dropout(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
@@ -269,6 +276,15 @@ CASES = [
         _head_loss(reduction="none"),
         partial(cross_entropy, reduction="none"),
         _head,
+    ),
+    *(
+        Case(
+            f"linear_cross_entropy-{reduction}-smoothing-z_loss",
+            _head_loss(reduction=reduction, label_smoothing=0.2, z_loss=0.01),
+            partial(cross_entropy, reduction=reduction, label_smoothing=0.2, z_loss=0.01),
+            _head,
+        )
+        for reduction in ("mean", "none")
     ),
     Case(
         "linear_cross_entropy-not-padded",

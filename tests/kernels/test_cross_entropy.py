@@ -1,19 +1,31 @@
-"""What is particular to the head and its loss: padding rows, targets that do not count, reductions."""
+"""What is particular to the head and its loss, on either backend: padding rows, targets that do not count, reductions."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fusedgpt.kernels import linear_cross_entropy
+from fusedgpt.kernels import linear_cross_entropy, use_backend
+from fusedgpt.kernels.backend import _triton
 
 REDUCTIONS = ["mean", "sum", "none"]
+DEVICES = {"torch": "cpu", "triton": "cpu" if _triton.INTERPRETED else "cuda"}
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "triton" and _triton.MISSING is not None:
+        pytest.skip("Triton is not installed")
+    with use_backend(request.param), torch.device(DEVICES[request.param]):
+        yield DEVICES[request.param]
 
 
 @pytest.fixture
-def head() -> tuple[Tensor, Tensor, Tensor]:
+def head(device: str) -> tuple[Tensor, Tensor, Tensor]:
     """x (11, 6), a weight with 7 real rows and 5 of padding that would win every softmax, and targets."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(11, 6, generator=generator)
     weight = torch.randn(12, 6, generator=generator)
     weight[7:] = 1e4
@@ -59,7 +71,8 @@ def test_nothing_counts(head: tuple[Tensor, Tensor, Tensor], reduction: str) -> 
     torch.testing.assert_close(ours, torchs, equal_nan=True)
     assert ours.isnan().all() == (reduction == "mean")
     gradients = [torch.autograd.grad(loss.sum(), (x, weight)) for loss in (ours, torchs)]
-    torch.testing.assert_close(*gradients, equal_nan=True)
+    torch.testing.assert_close(*gradients)
+    assert all(gradient.eq(0).all() for gradient in gradients[0])
 
 
 @pytest.mark.parametrize("size", [1e2, 1e4, 1e30])
@@ -74,9 +87,39 @@ def test_large_logits_neither_overflow_nor_vanish(size: float, sign: int) -> Non
     assert dweight.isfinite().all()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("label_smoothing", [0.1, 1.0])
+def test_label_smoothing_over_the_real_classes(
+    head: tuple[Tensor, Tensor, Tensor], reduction: str, label_smoothing: float
+) -> None:
+    x, weight, targets = head
+    targets[2] = -100
+    loss = linear_cross_entropy(x, weight, targets, 7, reduction=reduction, label_smoothing=label_smoothing)
+    expected = F.cross_entropy(
+        x @ weight[:7].T, targets, reduction=reduction, label_smoothing=label_smoothing
+    )
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each.sum(), (x, weight)) for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_z_loss_of_the_rows_that_count(head: tuple[Tensor, Tensor, Tensor], reduction: str) -> None:
+    x, weight, targets = head
+    targets[[2, 7]] = -100
+    loss = linear_cross_entropy(x, weight, targets, 7, reduction=reduction, z_loss=0.5)
+    logits = x @ weight[:7].T
+    added = 0.5 * logits.exp().sum(1).log() ** 2 * (targets != -100)
+    added = {"none": added, "sum": added.sum(), "mean": added.sum() / 9}[reduction]
+    expected = F.cross_entropy(logits, targets, reduction=reduction) + added
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(each.sum(), (x, weight)) for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_loss_is_float32_over_low_precision_activations(dtype: torch.dtype) -> None:
-    """A sum of 6,000 losses near ln 5 would be off by whole nats, or infinite, in the activations' dtype."""
-    x, weight = torch.zeros(6000, 4, dtype=dtype), torch.zeros(5, 4)
-    loss = linear_cross_entropy(x, weight, torch.zeros(6000, dtype=torch.long), reduction="sum")
-    torch.testing.assert_close(loss, 6000 * torch.tensor(5.0).log())
+    """A sum of 60 losses of ln 5 would be off by hundredths of a nat in the activations' dtype."""
+    x, weight = torch.zeros(60, 4, dtype=dtype), torch.zeros(5, 4)
+    loss = linear_cross_entropy(x, weight, torch.zeros(60, dtype=torch.long), reduction="sum")
+    torch.testing.assert_close(loss, 60 * torch.tensor(5.0).log())

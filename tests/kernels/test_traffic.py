@@ -13,6 +13,8 @@ from fusedgpt.kernels import (
     embed,
     gelu_mlp,
     layer_norm,
+    layer_norm,
+    linear_cross_entropy,
     use_backend,
 )
 from fusedgpt.kernels.backend import _triton
@@ -174,3 +176,21 @@ def test_gelu_mlp_within_our_own_matmuls(monkeypatch: pytest.MonkeyPatch) -> Non
     with moved(monkeypatch) as backward:
         y.backward(torch.ones_like(y))
     assert sum(backward) == operands + 2 * bias + 3 * tensor
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_linear_cross_entropy(reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two passes read a row and one writes it; a row that does not count is not read, and given zeros."""
+    counted, ignored, columns = 4, 2, 250
+    x, weight = leaf(6, 8), leaf(columns, 8)
+    targets = torch.tensor([0, -100, 249, 128, -100, 7])
+    row, target, kept = 256 * 2, 8, 2 * 4  # bytes: rows begin at multiples of 128; loss and log-sum-exp
+    with moved(monkeypatch) as forward:
+        loss = linear_cross_entropy(x, weight, targets, reduction=reduction)
+    everywhere = 6 * (target + kept) + counted * 2  # and the target's logit
+    gradient = counted * (row + row + 2) + ignored * row
+    assert sum(forward) == everywhere + counted * row + (gradient if reduction == "mean" else 0)
+    with moved(monkeypatch) as backward:
+        loss.sum().backward()
+    again = 6 * target + counted * (2 + 4) + gradient
+    assert sum(backward) == (again if reduction == "none" else 0)

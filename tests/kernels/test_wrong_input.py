@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt import kernels
+from fusedgpt.kernels.backend import _triton
 
 Arguments = dict[str, object]
 SEED = torch.tensor(3)
@@ -230,6 +231,12 @@ OTHERS: list[tuple[str, Arguments, type[Exception], str, object]] = [
     ("linear_cross_entropy", {"vocab_size": 0}, ValueError, "vocab_size", 0),
     ("linear_cross_entropy", {"vocab_size": -1}, ValueError, "vocab_size", -1),
     ("linear_cross_entropy", {"reduction": "avg"}, ValueError, "reduction", "avg"),
+    ("linear_cross_entropy", {"label_smoothing": -0.1}, ValueError, "label_smoothing", -0.1),
+    ("linear_cross_entropy", {"label_smoothing": 1.1}, ValueError, "label_smoothing", 1.1),
+    ("linear_cross_entropy", {"label_smoothing": float("nan")}, ValueError, "label_smoothing", "nan"),
+    ("linear_cross_entropy", {"z_loss": -1e-4}, ValueError, "z_loss", -1e-4),
+    ("linear_cross_entropy", {"z_loss": float("inf")}, ValueError, "z_loss", "inf"),
+    ("linear_cross_entropy", {"z_loss": float("nan")}, ValueError, "z_loss", "nan"),
     ("linear_cross_entropy", {"targets": torch.tensor([0, 9, 1, 2])}, ValueError, "target", 9),
     ("linear_cross_entropy", {"targets": torch.tensor([0, -1, 1, 2])}, ValueError, "target", -1),
     (
@@ -249,9 +256,18 @@ def test_the_rest(
     assert_refused(operator, changes, error, argument, got)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("target", [-1, -101, 7, 8, 2**31, 2**62])
-def test_targets_out_of_range_are_named_whatever_the_reduction(reduction: str, target: int) -> None:
+def test_targets_out_of_range_are_named_whatever_the_reduction(
+    reduction: str, target: int, label_smoothing: float, backend: str
+) -> None:
+    if backend == "triton" and not _triton.INTERPRETED:
+        pytest.skip("compiled kernels take no CPU tensors")
     targets = torch.tensor([0, -100, target, 6])
     changes: Arguments = {"targets": targets, "vocab_size": 7, "reduction": reduction}
-    assert_refused("linear_cross_entropy", changes, ValueError, "target", target, "[0, 7)")
+    with kernels.use_backend(backend):
+        for x in (torch.ones(4, 6), torch.ones(4, 6, requires_grad=True)):
+            changes |= {"x": x, "label_smoothing": label_smoothing}
+            assert_refused("linear_cross_entropy", changes, ValueError, "target", target, "[0, 7)")
