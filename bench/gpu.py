@@ -25,6 +25,8 @@ from ..kernels import (
     gelu_mlp,
     layer_norm,
     linear,
+    layer_norm,
+    linear_cross_entropy,
     use_backend,
 )
 from ..kernels.backend import TRITON_OPERATORS
@@ -82,6 +84,19 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
             t["x"], t["w_fc"] / 32, t["b_fc"], t["w_proj"] / 32, t["b_proj"], **options
         )
 
+    def head(n: int, c: int) -> Example:
+        def losses(t: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            ids = (torch.arange(n, device=t["x"].device) + 1) * 40503 % 50257
+            ids = ids.masked_fill(ids % 9 == 0, -100)
+            x = t["x"] / 32  # exact, and makes logits near 1
+            return (
+                linear_cross_entropy(x, t["weight"], ids, 50257),
+                linear_cross_entropy(x, t["weight"], ids, 50257, -100, "none", 0.1, 1e-4),
+            )
+
+        return {"x": (n, c), "weight": (50304, c)}, losses
+
+    some = max(rows // 8, 1)  # the float64 side holds the logits of all rows
     widths = (768, 1024, 1280, 1600)
     examples: dict[str, dict[str, Example]] = {
         "embed": {f"{rows} x {c}, p = {p}": tables(c, p) for c, p in ((768, 0.0), (1600, 0.1))},
@@ -97,6 +112,7 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
             **{f"{rows} x {c}": mlp(c) for c in widths},
             f"{rows} x 768, exact, recomputed": mlp(768, approximate="none", recompute=True),
         },
+        "linear_cross_entropy": {f"{some} x 768 x 50304": head(some, 768)},
         "dropout": {f"{rows} x 768": ({"x": (rows, 768)}, lambda t: dropout(t["x"], 0.1, t["seed"], 4))},
     }
     return examples[operator]

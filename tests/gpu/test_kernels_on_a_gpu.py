@@ -205,6 +205,14 @@ OPCHECK = [
     ),
     ("gelu_mlp", lambda: (leaf(33, 64), leaf(256, 64), leaf(256), leaf(64, 256), None, False, True)),
     ("dropout", lambda: (leaf(33, 70), 0.3, seed(1), 1)),
+    ("attention", lambda: (*(leaf(2, 33, 3, 64) for _ in range(3)), None, 0.1, seed(1), 3, 0.125, True)),
+    (
+        "linear_cross_entropy",
+        lambda: (
+            *(leaf(33, 96), leaf(131, 96, dtype=torch.float32), torch.arange(33, device=GPU)),
+            *(128, 5, 0.1, 1e-4, True, True, True),
+        ),
+    ),
     ("layer_norm", lambda: (leaf(33, 768), leaf(768, dtype=torch.float32), None, 1e-5, BF16)),
     ("layer_norm", lambda: (leaf(3, 9001), leaf(9001), leaf(9001), 1e-5, torch.float32)),
     (

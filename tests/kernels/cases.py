@@ -178,7 +178,7 @@ def cross_entropy(
     logits = F.linear(x, weight[:VOCAB])
     logits = logits if logits.dtype == torch.float64 else logits.float()
     rows = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
-    rows = rows + z_loss * (targets != -100) * logits.logsumexp(1) ** 2
+    rows = rows + z_loss * logits.logsumexp(1) ** 2 * (targets != -100)
     return {"none": rows, "sum": rows.sum(), "mean": rows.sum() / (targets != -100).sum()}[reduction]
 
 

@@ -62,7 +62,7 @@ def torchs(
     logits = logits.float() if x.dtype == F16 else logits
     loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=label_smoothing)
     counts = targets != -100
-    loss = loss + z_loss * counts * logits.logsumexp(1) ** 2
+    loss = loss + z_loss * logits.logsumexp(1) ** 2 * counts
     return {"none": loss, "sum": loss.sum(), "mean": loss.sum() / counts.sum()}[reduction]
 
 
