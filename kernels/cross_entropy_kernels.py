@@ -22,16 +22,15 @@ def _last(logits, column, stride, vocab_size):
 
 
 @triton.jit
-def _gather(z, tops, sums):
-    """Maximum and sum over exp(z - maximum) of each thread's columns, with the next K of them."""
-    above = tl.maximum(tops, tl.max(z, 1))
-    sums *= tl.exp2((tops - above) * LOG2E)
-    return above, sums + tl.sum(tl.exp2((z - above[:, None]) * LOG2E), 1)
+def _exp(z):
+    return tl.exp2(z * LOG2E)
 
 
 @triton.jit
-def _gradient(z, top, log2_sum, slope, even):
-    return tl.exp2((z - top) * LOG2E - log2_sum) * slope - even
+def _gather(z, tops, sums):
+    """Maximum and sum over exp(z - maximum) of each thread's columns, with the next K of them."""
+    above = tl.maximum(tops, tl.max(z, 1))
+    return above, sums * _exp(tops - above) + tl.sum(_exp(z - above[:, None]), 1)
 
 
 @triton.jit(do_not_specialize=["targets", "loss", "lse", "vocab_size", "ignore_index"])
@@ -87,36 +86,40 @@ def cross_entropy_kernel(
                 if SMOOTHING:
                     levels += tl.sum(tl.where(whole + lane < vocab_size, z, 0.0), 1)
             top = tl.max(tops, 0)
-            log2_sum = tl.log2(tl.sum(sums * tl.exp2((tops - top) * LOG2E), 0))
+            total = tl.sum(sums * _exp(tops - top), 0)
+            log_sum = tl.log2(total) * LN2
             top = tl.where(known, top, float("nan"))
-            row_lse = top + log2_sum * LN2
+            row_lse = top + log_sum
             # in this order a small loss beside large logits is exact
-            value = (top - z_target) + log2_sum * LN2 + z_loss * row_lse * row_lse
+            value = (top - z_target) + log_sum + z_loss * row_lse * row_lse
             if SMOOTHING:
                 value += smoothing * (z_target - tl.sum(levels, 0) / vocab_size)
             tl.store(loss + row, value)
             tl.store(lse + row, row_lse)
         else:
             top = tl.load(lse + row)
-            log2_sum = 0.0
+            total = 1.0
             row_lse = top
         if GRADIENT:
-            slope = 1.0 + 2.0 * z_loss * row_lse
             even = smoothing / vocab_size
+            added = 2.0 * z_loss * row_lse
+            scale = (1.0 + added) / total
             tl.debug_barrier()  # every thread has read z_target
             # the last columns first: what was read last is the likeliest to be in a cache still
             for back in range(0, stride - whole, BLOCK):
                 column = whole + back + lane
                 z = _last(logits, column, stride, vocab_size)
-                grad = tl.where(column < vocab_size, _gradient(z, top, log2_sum, slope, even), 0.0)
+                grad = _exp(z - top) * scale - even
+                grad = tl.where(column < vocab_size, grad, 0.0)
                 tl.store(logits + column, grad, mask=column < stride)
             for back in range(BLOCK, whole + BLOCK, BLOCK):
                 at = logits + (whole - back) + lane
                 z = tl.load(at).to(tl.float32)
-                tl.store(at, _gradient(z, top, log2_sum, slope, even))
+                tl.store(at, _exp(z - top) * scale - even)
             tl.debug_barrier()  # the target's own column is written over
-            grad = _gradient(z_target, top, log2_sum, slope, even) - (1.0 - smoothing)
-            tl.store(logits + target, grad, mask=known)
+            # what is near 1 is taken from 1 before anything is added
+            share = _exp(z_target - top) / total
+            tl.store(logits + target, share - (1.0 - smoothing) + (share * added - even), mask=known)
 
 
 def compile_cases(architecture: str) -> list[Case]:
