@@ -74,17 +74,19 @@ def cross_entropy_kernel(
         if loss is not None:
             tops = tl.full((BLOCK // K,), LOWEST, tl.float32)
             sums = tl.zeros((BLOCK // K,), tl.float32)
-            levels = tl.zeros((BLOCK // K,), tl.float32)
+            levels = tl.zeros(
+                (BLOCK // K, K), tl.float32
+            )  # Triton 3.6 cannot compile a sum along K in the loop
             for start in range(0, whole, BLOCK):
                 z = tl.load(logits + start + lane).to(tl.float32)
                 tops, sums = _gather(z, tops, sums)
                 if SMOOTHING:
-                    levels += tl.sum(z, 1)
+                    levels += z
             if whole < vocab_size:
                 z = _last(logits, whole + lane, stride, vocab_size)
                 tops, sums = _gather(z, tops, sums)
                 if SMOOTHING:
-                    levels += tl.sum(tl.where(whole + lane < vocab_size, z, 0.0), 1)
+                    levels += tl.where(whole + lane < vocab_size, z, 0.0)
             top = tl.max(tops, 0)
             total = tl.sum(sums * _exp(tops - top), 0)
             log_sum = tl.log2(total) * LN2
@@ -93,7 +95,7 @@ def cross_entropy_kernel(
             # in this order a small loss beside large logits is exact
             value = (top - z_target) + log_sum + z_loss * row_lse * row_lse
             if SMOOTHING:
-                value += smoothing * (z_target - tl.sum(levels, 0) / vocab_size)
+                value += smoothing * (z_target - tl.sum(tl.sum(levels, 1), 0) / vocab_size)
             tl.store(loss + row, value)
             tl.store(lse + row, row_lse)
         else:
