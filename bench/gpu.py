@@ -25,7 +25,6 @@ from ..kernels import (
     gelu_mlp,
     layer_norm,
     linear,
-    layer_norm,
     linear_cross_entropy,
     use_backend,
 )

@@ -85,6 +85,7 @@ ARGUMENTS = [
             True,
             [False, True, False, True, True],
         ),
+    ),
     ("linear_cross_entropy", (leaf(5, 6), leaf(70, 6), TARGETS, 67, 3, 0.1, 1e-3, True, True, True)),
     (
         "linear_cross_entropy",

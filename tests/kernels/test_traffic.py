@@ -13,7 +13,6 @@ from fusedgpt.kernels import (
     embed,
     gelu_mlp,
     layer_norm,
-    layer_norm,
     linear_cross_entropy,
     use_backend,
 )
