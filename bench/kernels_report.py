@@ -37,6 +37,7 @@ SOURCES = [
         "mlp_kernels",
         "mlp_matmul_kernels",
         "cross_entropy_kernels",
+        "attention_one_pass",
     )
 ]
 

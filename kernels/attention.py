@@ -28,15 +28,20 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from ._triton import on_device_of, triton
+from ._triton import INTERPRETED, TensorDescriptor, on_device_of, triton
 from .attention_kernels import forward_kernel, key_kernel, query_kernel
+from .attention_one_pass import finish_kernel, one_pass_kernel, prepare_kernel
 from .backend import autocast, choose, register
 from .dropout import ATTENTION_LEVELS, attention_threshold, int32_bits, keep_scale
 from .tiles import (
+    ATTENTION_DECODE,
     ATTENTION_FORWARD,
     ATTENTION_KEY,
+    ATTENTION_ONE_PASS,
     ATTENTION_QUERY,
+    DESCRIPTORS,
     Tile,
+    attention_row,
     attention_tile,
     hardware,
     next_power_of_two,
@@ -44,6 +49,7 @@ from .tiles import (
 
 WIDEST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}  # head_dim that the kernels take
 _CACHED = 1 << 24  # bytes of keys and values that programs share at a time: a third of an H200's cache
+DECODED = 16  # queries that still fit in the smallest tile
 _LONGEST_STRIDE = 1 << 23  # between rows: 128 of them stay within 32 bits
 
 
@@ -61,17 +67,21 @@ def _launch_forward(
     """O: (B, Tq, H, D) and the log-sum-exp in units of log2: (B, H, Tq) float32, +inf where a row sees nothing."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     batch, q_len, n_head, _ = q.shape
+    k_len = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((batch, n_head, q_len), dtype=torch.float32)
-    kept = keep_scale(attention_threshold(p) / ATTENTION_LEVELS)
-    _launch(
+    tile = _tile(ATTENTION_DECODE if q_len <= DECODED else ATTENTION_FORWARD, q)
+    _run(
         forward_kernel,
-        ATTENTION_FORWARD,
-        (q, k, v),
-        (q, k, v, out, lse, first_key, seed),
-        (*_strides(q), *_strides(k), *_strides(v)),
-        (p, stream, scale, causal),
-        (kept,),
+        triton.cdiv(q_len, tile.rows) * batch * n_head,
+        tile,
+        q,
+        *_sources((q, tile.rows), (k, tile.block), (v, tile.block)),
+        *(out, lse, first_key, seed),
+        *(*_strides(q), *_strides(k), *_strides(v)),
+        *(n_head, q_len, k_len, _group(q, k_len), *_options(p, stream, scale)),
+        keep_scale(attention_threshold(p) / ATTENTION_LEVELS),
+        **_walk(tile, causal),
     )
     return out, lse
 
@@ -95,71 +105,152 @@ def _launch_backward(
 ) -> None:
     """Writes dq, dk and dv. The heads of each lie side by side, and dk and dv have the same strides."""
     q, k, v, dout, out = _readable(q), _readable(k), _readable(v), _readable(dout), out.contiguous()
-    delta = torch.empty_like(lse)
+    batch, q_len, n_head, _ = q.shape
+    k_len, heads = k.shape[1], batch * n_head
+    one_pass = _one_pass_tile(q, k, v, dout)
+    tile = one_pass or _tile(ATTENTION_KEY, q)
+    padded = triton.cdiv(q_len, tile.rows) * tile.rows
+    stats = lse.new_empty((2 * heads, padded))
+    masks = (first_key, seed)
     strides = [stride for t in (q, k, v, dout) for stride in _strides(t)]
-    options = (p, stream, scale, causal)
+    lengths, options = (n_head, q_len, k_len, padded), _options(p, stream, scale)
     dropped = attention_threshold(p) / ATTENTION_LEVELS
     kept = keep_scale(dropped)
-    _launch(
-        query_kernel,
-        ATTENTION_QUERY,
-        (q, k, v),
-        (q, k, v, out, dout, lse, delta, dq, first_key, seed),
-        (*strides, *dq.stride()[:2]),
-        options,
-        (1.0 - dropped, kept * scale),
-    )
-    _launch(
-        key_kernel,
-        ATTENTION_KEY,
-        (q, k, v),
-        (q, k, v, dout, lse, delta, dk, dv, first_key, seed),
-        (*strides, *dk.stride()[:2]),
-        options,
-        (kept, kept * scale),
-    )
-
-
-def _launch(
-    kernel: Any,
-    table: dict[str, tuple[Tile, ...]],
-    qkv: tuple[Tensor, Tensor, Tensor],
-    tensors: tuple[Tensor | None, ...],
-    strides: tuple[int, ...],
-    options: tuple[float, int, float, bool],
-    factors: tuple[float, ...],
-) -> None:
-    """One program a tile of queries, or of keys in key_kernel, and head."""
-    q, k, _ = qkv
-    batch, q_len, n_head, head_dim = q.shape
-    k_len = k.shape[1]
-    p, stream, scale, causal = options
-    tile = attention_tile(table, hardware(q.device).architecture, head_dim, q.dtype == torch.float32)
-    tiles = triton.cdiv(k_len, tile.block) if kernel is key_kernel else triton.cdiv(q_len, tile.rows)
-    heads = batch * n_head
-    if tiles * heads == 0:
-        return
-    shared = 2 * (q_len if kernel is key_kernel else k_len) * head_dim * q.element_size()
-    with on_device_of(q):
-        kernel[(tiles * heads,)](
-            *tensors,
-            *strides,
-            n_head,
-            q_len,
-            k_len,
-            min(max(_CACHED // max(shared, 1), 1), heads),
-            int32_bits(stream),
-            attention_threshold(p),
-            scale * math.log2(math.e),
-            *factors,
-            D=head_dim,
-            WIDTH=max(16, next_power_of_two(head_dim)),
-            CAUSAL=causal,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            STAGES=tile.stages,
-            num_warps=tile.warps,
+    if one_pass:
+        tiles, light = heads * padded // tile.rows, tile._replace(warps=4)
+        total = lse.new_empty((heads, padded, q.shape[3]))
+        rows = (n_head, q_len, padded)
+        _run(
+            prepare_kernel,
+            tiles,
+            light,
+            q,
+            out,
+            dout,
+            lse,
+            stats,
+            total,
+            *_strides(dout),
+            *rows,
+            1.0 - dropped,
         )
+        _run(
+            one_pass_kernel,
+            heads,
+            tile,
+            q,
+            *_sources(
+                (q, tile.rows), (k, tile.block), (v, tile.block), (dout, tile.rows), (stats, tile.rows)
+            ),
+            *(
+                total if INTERPRETED else _descriptor(total, tile.rows),
+                dk,
+                dv,
+                *masks,
+            ),  # it cannot add by descriptor
+            *(*strides, *dk.stride()[:2], *lengths, *options, kept, kept * scale),
+            **_walk(tile, causal),
+        )
+        _run(finish_kernel, tiles, light, q, total, dq, *dq.stride()[:2], *rows, kept * scale)
+        return
+    query = _tile(ATTENTION_QUERY, q)
+    _run(
+        query_kernel,
+        triton.cdiv(q_len, query.rows) * heads,
+        query,
+        q,
+        *_sources((q, query.rows), (k, query.block), (v, query.block), (out, query.rows), (dout, query.rows)),
+        *(lse, stats, dq, *masks, *strides, *dq.stride()[:2]),
+        *(*lengths, _group(q, k_len), *options, 1.0 - dropped, kept * scale),
+        **_walk(query, causal),
+    )
+    _run(
+        key_kernel,
+        triton.cdiv(k_len, tile.block) * heads,
+        tile,
+        q,
+        *_sources((q, tile.rows), (k, tile.block), (v, tile.block), (dout, tile.rows), (stats, tile.rows)),
+        *(dk, dv, *masks, *strides, *dk.stride()[:2]),
+        *(*lengths, _group(q, q_len), *options, kept, kept * scale),
+        **_walk(tile, causal),
+    )
+
+
+def _run(kernel: Any, programs: int, tile: Tile, q: Tensor, *arguments: Any, **walk: Any) -> None:
+    if programs == 0:
+        return
+    head_dim = q.shape[3]
+    width = max(16, next_power_of_two(head_dim))
+    with on_device_of(q):
+        kernel[(programs,)](*arguments, D=head_dim, WIDTH=width, ROWS=tile.rows, **walk, num_warps=tile.warps)
+
+
+def _walk(tile: Tile, causal: bool) -> dict[str, Any]:
+    """The constants of kernels that walk over tiles."""
+    return {"CAUSAL": causal, "BLOCK": tile.block, "STAGES": tile.stages}
+
+
+def _options(p: float, stream: int, scale: float) -> tuple[int, int, float]:
+    return int32_bits(stream), attention_threshold(p), scale * math.log2(math.e)
+
+
+def _row_name(q: Tensor) -> str:
+    return attention_row(hardware(q.device).architecture, q.dtype == torch.float32)
+
+
+def _tile(table: dict[str, tuple[Tile, ...]], q: Tensor) -> Tile:
+    return attention_tile(table, _row_name(q), q.shape[3])
+
+
+def _one_pass_tile(*read: Tensor) -> Tile | None:
+    """The tile of a backward in one pass where that is expected to win; None for two passes.
+
+    A program owns a head, so heads have to fill the multiprocessors: two passes have 1.4 times the matmuls, so one
+    pass may leave a quarter of them idle. And the sums of dq of the heads in work have to stay in the cache.
+    """
+    q = read[0]
+    rows = ATTENTION_ONE_PASS.get(_row_name(q), ())
+    tile = next((row for row in rows if q.shape[3] <= row.limit), None)
+    if tile is None or not (INTERPRETED or (q.shape[3] % 4 == 0 and all(map(_describable, read)))):
+        return None
+    at_once = hardware(q.device).multiprocessors * tile.programs
+    heads = q.shape[0] * q.shape[2]
+    filled = heads >= 0.75 * triton.cdiv(heads, at_once) * at_once
+    sums = min(heads, at_once) * q.shape[1] * q.shape[3] * 4
+    return tile if filled and sums <= 3 * _CACHED else None
+
+
+def _group(q: Tensor, length: int) -> int:
+    """How many heads take turns: as many as have their keys and values, or queries and dO, of `length` in the cache."""
+    batch, _, n_head, head_dim = q.shape
+    shared = 2 * length * head_dim * q.element_size()
+    return min(max(_CACHED // max(shared, 1), 1), batch * n_head)
+
+
+def _sources(*tensors_and_rows: tuple[Tensor, int]) -> list[Any]:
+    """The tensors as the kernels load them, by tiles of so many rows: all by descriptor, or all by pointer.
+
+    A descriptor holds an address and goes to the GPU with the launch, as a pointer does: a captured graph keeps it, and
+    its memory with it.
+    """
+    tensors = [tensor for tensor, _ in tensors_and_rows]
+    if _row_name(tensors[0]) not in DESCRIPTORS or not all(map(_describable, tensors)):
+        return tensors
+    return [_descriptor(tensor, rows) for tensor, rows in tensors_and_rows]
+
+
+def _describable(x: Tensor) -> bool:
+    """Whether descriptors can hold x: they count in 16 bytes."""
+    steps = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
+
+
+def _descriptor(x: Tensor, rows: int) -> Any:
+    """Of (B, T, H, D) as (B, H, T, D), or of what has its rows next to last, or in one dimension last."""
+    x = x.transpose(1, 2) if x.dim() == 4 else x
+    width = max(16, next_power_of_two(x.shape[-1]))
+    block = [1, rows] if x.dim() == 2 else [*[1] * (x.dim() - 2), rows, width]
+    return TensorDescriptor.from_tensor(x, block)
 
 
 def _readable(x: Tensor) -> Tensor:

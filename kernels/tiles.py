@@ -107,6 +107,10 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 # and stays below the 99 KiB of shared memory of consumer GPUs. sm_90 forward: with 64 queries a tile, 12 × 64 heads of
 # 1024 would fetch 1.8 GB of keys and values, with 128 half of that; 128 × 64 with 4 warps takes 254 registers and spills
 # with dropout. float32 multiplies without tensor cores, from registers: heads wider than 64 spill at any tile.
+DESCRIPTORS = {
+    "sm_90",
+    "sm_100",
+}  # tiles are copied by tensor descriptors; elsewhere they spill, or there are none
 ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 32, 128, 8, 2, 0, _OFFLINE)),
     "sm_90": (Tile(64, 128, 128, 8, 2, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
@@ -130,6 +134,18 @@ ATTENTION_KEY: dict[str, tuple[Tile, ...]] = {
     "gfx942": (Tile(64, 64, 16, 4, 2, 0, _OFFLINE), Tile(128, 64, 16, 8, 2, 0, _OFFLINE)),
     "float32": (Tile(64, 32, 16, 4, 1, 0, _OFFLINE),),
     "interpreter": (Tile(128, 32, 16, 1, 1, 0, ""),),
+}
+# Few queries over a long cache, the forward pass alone: it waits for memory, so the tile of queries is the smallest
+# that tensor cores take and the keys fill the pipeline.
+ATTENTION_DECODE: dict[str, tuple[Tile, ...]] = {
+    "any": (Tile(64, 128, 16, 4, 3, 0, _OFFLINE), Tile(128, 64, 16, 4, 3, 0, _OFFLINE)),
+    "gfx942": (Tile(64, 64, 16, 4, 2, 0, _OFFLINE), Tile(128, 32, 16, 4, 2, 0, _OFFLINE)),
+    "float32": (Tile(64, 32, 16, 4, 1, 0, _OFFLINE),),
+    "interpreter": (Tile(128, 16, 16, 1, 1, 0, ""),),
+}
+# The backward in one pass; programs: how many a multiprocessor holds.
+ATTENTION_ONE_PASS: dict[str, tuple[Tile, ...]] = {
+    "sm_90": (Tile(64, 128, 64, 8, 2, 1, _OFFLINE),),
 }
 
 # Reductions over rows that are read once: enough loads in flight at any width, and no row is worth tuning offline.
@@ -219,12 +235,14 @@ CROSS_ENTROPY: dict[str, tuple[Tile, ...]] = {
 }
 
 
-def attention_tile(
-    table: dict[str, tuple[Tile, ...]], architecture: str, head_dim: int, float32: bool
-) -> Tile:
+def attention_row(architecture: str, float32: bool) -> str:
+    """The name of an architecture's rows in the tables of attention."""
+    return "float32" if float32 and architecture != "interpreter" else architecture
+
+
+def attention_tile(table: dict[str, tuple[Tile, ...]], name: str, head_dim: int) -> Tile:
     """The row for a head's width."""
-    name = "float32" if float32 and architecture != "interpreter" else architecture
-    return next(row for row in table.get(name, table["any"]) if head_dim <= row.limit)
+    return next(row for row in table.get(name) or table["any"] if head_dim <= row.limit)
 
 
 def select(table: dict[str, tuple[Tile, ...]], architecture: str, columns: int) -> Tile:
