@@ -54,9 +54,9 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
             t["x"], t["residual"], t["weight"], t["bias"], 1e-5, p, t["seed"], 2, t["x_bias"]
         )
 
-    def heads(length: int, width: int, p: float) -> Example:
+    def heads(length: int, width: int, n_head: int, p: float) -> Example:
         shapes = {"qkv": (4, length, 3 * width)}  # the float64 side holds the T x T matrices of all heads
-        return shapes, lambda t: causal_attention(t["qkv"], width // 64, p, t["seed"], 1)
+        return shapes, lambda t: causal_attention(t["qkv"], n_head, p, t["seed"], 1)
 
     def project(columns: int, out: int) -> Example:
         shapes = {"x": (rows, columns), "weight": (out, columns), "bias": (out,)}
@@ -105,6 +105,8 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
         "attention": {
             f"4 x {min(t, rows)} x 3 x {c}, p = {p}": heads(min(t, rows), c, p)
             for t, c in ((1024, 768), (777, 1600))
+            f"4 x {t} x 3 x {c}, {h} heads, p = {p}": heads(t, c, h, p)
+            for t, c, h in ((1024, 768, 12), (777, 1600, 25), (1024, 1024, 8))
             for p in (0.0, 0.1)
         },
         "gelu_mlp": {
