@@ -13,12 +13,18 @@ write (B, T, C), and dQ, dK, dV side by side into one packed gradient: nothing i
 
 For A = B · H · D, s bytes an element and n visible pairs of a query and a key over all heads (B · H · T² / 2 causal):
 
-    forward    2 matmuls, 4 n D FLOPs                           (Tq + 2 Tk + Tq) A s bytes: q, k, v in, O out
-    backward   7 matmuls, 14 n D FLOPs: dQ 3, dK and dV 4       twice q, k, v and dO in, O in, dQ, dK, dV out
+    forward      2 matmuls, 4 n D FLOPs                           (Tq + 2 Tk + Tq) A s bytes: q, k, v in, O out
+    two passes   7 matmuls, 14 n D FLOPs: dQ 3, dK and dV 4       twice q, k, v and dO in, O in, dQ, dK, dV out
+    one pass     5 matmuls, 10 n D FLOPs                          q, k, v, O in, dO twice, dQ, dK, dV out, and dQ in
+                                                                  float32: zeroed, summed, read, 4 Tq A bytes each
 
-and 4 B · H · Tq bytes of float32 for the log-sum-exp and, within the backward, for rowsum(dO ∘ O). Keys and values are
-read once for every tile of queries, all but the first time from the cache. Five matmuls are enough for a backward in one
-pass, which needs atomic additions or an order among programs; two passes need neither and give the same bits every time.
+and 4 B · H · Tq bytes of float32 for the log-sum-exp and, within the backward, twice that again for it and
+rowsum(dO ∘ O), in whole tiles. Keys and values are read once for every tile of queries, all but the first time from the
+cache. Neither backward adds in an order that varies: in two passes nobody adds to another's sum, in one pass a program
+has a head of its own, whose dQ it sums in the cache, 8 n D / (keys of a tile) bytes there and back. One pass takes fewer
+matmuls and exponentials, and one hash of each dropout word instead of two; two passes take any number of heads.
+
+On Hopper and Blackwell tiles come by tensor descriptors, elsewhere and from odd strides by pointers: the same kernels.
 """
 
 import math
