@@ -76,7 +76,7 @@ def _launch_forward(
     k_len = k.shape[1]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((batch, n_head, q_len), dtype=torch.float32)
-    tile = _tile(ATTENTION_DECODE if q_len <= DECODED else ATTENTION_FORWARD, q)
+    tile = _tile(ATTENTION_DECODE if q_len <= DECODED else ATTENTION_FORWARD, q, k, v)
     _run(
         forward_kernel,
         triton.cdiv(q_len, tile.rows) * batch * n_head,
@@ -113,8 +113,8 @@ def _launch_backward(
     q, k, v, dout, out = _readable(q), _readable(k), _readable(v), _readable(dout), out.contiguous()
     batch, q_len, n_head, _ = q.shape
     k_len, heads = k.shape[1], batch * n_head
-    one_pass = _one_pass_tile(q, k, v, dout)
-    tile = one_pass or _tile(ATTENTION_KEY, q)
+    one_pass = _one_pass_tile(q, k, v, dout, out)
+    tile = one_pass or _tile(ATTENTION_KEY, q, k, v, dout, out)
     padded = triton.cdiv(q_len, tile.rows) * tile.rows
     stats = lse.new_empty((2 * heads, padded))
     masks = (first_key, seed)
@@ -159,7 +159,7 @@ def _launch_backward(
         )
         _run(finish_kernel, tiles, light, q, total, dq, *dq.stride()[:2], *rows, kept * scale)
         return
-    query = _tile(ATTENTION_QUERY, q)
+    query = _tile(ATTENTION_QUERY, q, k, v, dout, out)
     _run(
         query_kernel,
         triton.cdiv(q_len, query.rows) * heads,
@@ -200,12 +200,14 @@ def _options(p: float, stream: int, scale: float) -> tuple[int, int, float]:
     return int32_bits(stream), attention_threshold(p), scale * math.log2(math.e)
 
 
-def _row_name(q: Tensor) -> str:
-    return attention_row(hardware(q.device).architecture, q.dtype == torch.float32)
+def _row_name(*read: Tensor) -> str:
+    """The rows for reading these tensors."""
+    architecture = hardware(read[0].device).architecture
+    return attention_row(architecture, read[0].dtype == torch.float32, all(map(_describable, read)))
 
 
-def _tile(table: dict[str, tuple[Tile, ...]], q: Tensor) -> Tile:
-    return attention_tile(table, _row_name(q), q.shape[3])
+def _tile(table: dict[str, tuple[Tile, ...]], *read: Tensor) -> Tile:
+    return attention_tile(table, _row_name(*read), read[0].shape[3])
 
 
 def _one_pass_tile(*read: Tensor) -> Tile | None:
@@ -215,9 +217,9 @@ def _one_pass_tile(*read: Tensor) -> Tile | None:
     pass may leave a quarter of them idle. And the sums of dq of the heads in work have to stay in the cache.
     """
     q = read[0]
-    rows = ATTENTION_ONE_PASS.get(_row_name(q), ())
+    rows = ATTENTION_ONE_PASS.get(_row_name(*read), ())
     tile = next((row for row in rows if q.shape[3] <= row.limit), None)
-    if tile is None or not (INTERPRETED or (q.shape[3] % 4 == 0 and all(map(_describable, read)))):
+    if tile is None:
         return None
     at_once = hardware(q.device).multiprocessors * tile.programs
     heads = q.shape[0] * q.shape[2]
@@ -240,7 +242,7 @@ def _sources(*tensors_and_rows: tuple[Tensor, int]) -> list[Any]:
     its memory with it.
     """
     tensors = [tensor for tensor, _ in tensors_and_rows]
-    if _row_name(tensors[0]) not in DESCRIPTORS or not all(map(_describable, tensors)):
+    if _row_name(*tensors) not in DESCRIPTORS or not all(map(_describable, tensors)):
         return tensors
     return [_descriptor(tensor, rows) for tensor, rows in tensors_and_rows]
 

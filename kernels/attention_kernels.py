@@ -417,7 +417,7 @@ def case(
     descriptors: bool,
     architecture: str,
 ) -> Case:
-    tile = attention_tile(table, attention_row(architecture, dtype == "fp32"), d)
+    tile = attention_tile(table, attention_row(architecture, dtype == "fp32", descriptors), d)
     width = max(16, next_power_of_two(d))
     given: dict[str, Any] = {
         "first_key": "*i32" if first_key else None,

@@ -107,9 +107,9 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 # and stays below the 99 KiB of shared memory of consumer GPUs. sm_90 forward: with 64 queries a tile, 12 × 64 heads of
 # 1024 would fetch 1.8 GB of keys and values, with 128 half of that; 128 × 64 with 4 warps takes 254 registers and spills
 # with dropout. float32 multiplies without tensor cores, from registers: heads wider than 64 spill at any tile.
-# Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9), and by pointer with it:
-#     forward 168 · 218 | 173 · 174, 229 | 180     dq 122 · 155 | 122 · 138, 161 | 178
-#     dk, dv 205 · 253 | 204 · 255, spills 12 bytes | 255
+# Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
+#     forward 168 · 218 | 173 · 174    dq 122 · 155 | 122 · 138    dk, dv 205 · 253 | 204 · 255
+# By pointer dk, dv spill there under 3.6, 12 bytes at 64 and 32 at 128: what no descriptor holds takes the rows of "any".
 DESCRIPTORS = {
     "sm_90",
     "sm_100",
@@ -241,9 +241,13 @@ CROSS_ENTROPY: dict[str, tuple[Tile, ...]] = {
 }
 
 
-def attention_row(architecture: str, float32: bool) -> str:
-    """The name of an architecture's rows in the tables of attention."""
-    return "float32" if float32 and architecture != "interpreter" else architecture
+def attention_row(architecture: str, float32: bool, descriptors: bool) -> str:
+    """The name of an architecture's rows in the tables of attention; those that descriptors fill are for nothing else."""
+    if architecture == "interpreter":
+        return architecture
+    if float32:
+        return "float32"
+    return "any" if architecture in DESCRIPTORS and not descriptors else architecture
 
 
 def attention_tile(table: dict[str, tuple[Tile, ...]], name: str, head_dim: int) -> Tile:

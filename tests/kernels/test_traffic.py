@@ -114,7 +114,8 @@ def test_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(forward) == (1 + 2 * walked + 1) * tensor + kept
     with moved(monkeypatch) as backward:
         out.backward(torch.ones_like(out))
-    queries = (3 + 2 * 2 * walked + 1) * tensor + 2 * kept  # in tiles of 16: twice as many walk as far
+    # in tiles of 16: twice as many walk as far; the log-sum-exp in, it and the sums of rows out
+    queries = (3 + 2 * 2 * walked + 1) * tensor + 3 * kept
     keys = (2 + 2 * walked + 2) * tensor + 2 * walked * kept
     assert sum(backward) == queries + keys
 
