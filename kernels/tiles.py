@@ -110,10 +110,8 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 # Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
 #     forward 168 · 218 | 173 · 174    dq 122 · 155 | 122 · 138    dk, dv 205 · 253 | 204 · 255
 # By pointer dk, dv spill there under 3.6, 12 bytes at 64 and 32 at 128: what no descriptor holds takes the rows of "any".
-DESCRIPTORS = {
-    "sm_90",
-    "sm_100",
-}  # tiles are copied by tensor descriptors; elsewhere they spill, or there are none
+# Where tiles come by tensor descriptors, and the rows for what no descriptor holds:
+DESCRIPTORS = {"sm_90": "any", "sm_100": "sm_100"}
 ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 32, 128, 8, 2, 0, _OFFLINE)),
     "sm_90": (Tile(64, 128, 128, 8, 2, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
@@ -242,12 +240,12 @@ CROSS_ENTROPY: dict[str, tuple[Tile, ...]] = {
 
 
 def attention_row(architecture: str, float32: bool, descriptors: bool) -> str:
-    """The name of an architecture's rows in the tables of attention; those that descriptors fill are for nothing else."""
+    """The name of an architecture's rows in the tables of attention. descriptors: whether they can hold what is read."""
     if architecture == "interpreter":
         return architecture
     if float32:
         return "float32"
-    return "any" if architecture in DESCRIPTORS and not descriptors else architecture
+    return architecture if descriptors else DESCRIPTORS.get(architecture, architecture)
 
 
 def attention_tile(table: dict[str, tuple[Tile, ...]], name: str, head_dim: int) -> Tile:
