@@ -103,9 +103,7 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
         "add_layer_norm": {f"{rows} x {c}, p = {p}": add(c, p) for c in widths for p in (0.0, 0.1)},
         "linear": {f"{rows} x {c} to {n}": project(c, n) for c, n in ((768, 2304), (1600, 1600))},
         "attention": {
-            f"4 x {min(t, rows)} x 3 x {c}, p = {p}": heads(min(t, rows), c, p)
-            for t, c in ((1024, 768), (777, 1600))
-            f"4 x {t} x 3 x {c}, {h} heads, p = {p}": heads(t, c, h, p)
+            f"4 x {min(t, rows)} x 3 x {c}, {h} heads, p = {p}": heads(min(t, rows), c, h, p)
             for t, c, h in ((1024, 768, 12), (777, 1600, 25), (1024, 1024, 8))
             for p in (0.0, 0.1)
         },

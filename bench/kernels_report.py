@@ -86,14 +86,6 @@ def cases(architecture: str) -> list[Case]:
 
 
 def uncovered(architecture: str) -> set[str]:
-    """Kernels (`*_kernel`) of the sources that no case compiles; a source without any case is not for that GPU."""
-    kernels = {
-        name
-        for source in SOURCES
-        if source.compile_cases(architecture)
-        for name in vars(source)
-        if name.endswith("_kernel")
-    }
     """Kernels (`*_kernel`) that no case compiles, of the sources that have any case for the architecture."""
     sources = [source for source in SOURCES if source.compile_cases(architecture)]
     kernels = {name for source in sources for name in vars(source) if name.endswith("_kernel")}
