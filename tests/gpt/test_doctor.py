@@ -11,7 +11,7 @@ import torch
 from fusedgpt.gpt import doctor
 from fusedgpt.gpt.cli import main
 from fusedgpt.gpt.train import device as devices
-from fusedgpt.kernels import selfcheck
+from fusedgpt.kernels import _triton, selfcheck
 from fusedgpt.kernels.backend import OPERATORS
 
 CPU = torch.device("cpu")
@@ -62,6 +62,7 @@ def test_a_forced_backend_that_cannot_run_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FUSEDGPT_BACKEND", "triton")
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
     assert main(["doctor", "--device", "cpu"]) == 1
     assert "linear: the triton backend was asked for but cannot run" in capsys.readouterr().out
 
