@@ -13,9 +13,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from ..gpt.config import TrainConfig
+from ..gpt.config import RunConfig, TrainConfig
 from ..gpt.model import GPT
 from ..gpt.optim import build_optimizers
+from ..gpt.train.precompile import precompile
 from ..gpt.train.step import TrainStep
 from ..kernels import use_backend
 from .sizes import Workload
@@ -86,16 +87,19 @@ def train_config(work: Workload, captured: bool = True) -> TrainConfig:
 
 
 def fusedgpt(work: Workload, backend: str = "auto", captured: bool = True) -> Side:
-    """Ours, by the training loop's own step.
+    """Ours, by the training loop's own step, its kernels compiled as that does it.
 
     Args:
         backend: of the operators.
         captured: in CUDA graphs, on a GPU.
     """
-    model = build_model(work)
     config = train_config(work, captured)
     batch: list[tuple[Tensor, Tensor]] = []
-    train = TrainStep(model, build_optimizers(model, config), iter(batch.pop, None), config)
+    with use_backend(backend):
+        compiling = precompile(RunConfig(work.config, config), work.device)
+        model = build_model(work)
+        train = TrainStep(model, build_optimizers(model, config), iter(batch.pop, None), config)
+        compiling.join()
 
     def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         batch.append((inputs, targets))

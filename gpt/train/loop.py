@@ -52,6 +52,7 @@ from .metrics import (
     plot_runs,
     require_trackers,
 )
+from .precompile import precompile
 from .step import TrainingError, TrainStep
 from .trace import Trace
 
@@ -115,6 +116,7 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         require_fit(tokenizer, config.model, out)
     require_prompt(tokenizer, config)
     given, config = config.flat(), settle(config, tokenizer, device)
+    compiling = precompile(config, device)
     shards = token_shards(config.train.data, tokenizer, config.train.val_fraction, progress=True)
     loader = TokenLoader(
         shards.train,
@@ -164,6 +166,7 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     is_tales = split_name(config.train.data)[0] == "tales"
     floor = tales_floor(validation_tales(config.train.eval_windows), tokenizer) if is_tales else None
     display.start(config, model, loader, shards, device, state["step"])
+    compiling.join()
     return Session(out, config, tokenizer, model, optimizers, loader, validation, step, log, display, floor)
 
 
@@ -173,6 +176,8 @@ def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Run
     model = replace(config.model, vocab_size=tokenizer.vocab_size)
     config = RunConfig(model, replace(config.train, dtype=dtype))
     if config.train.micro_batch == "auto":
+        one = replace(config.train, micro_batch=1)  # the steps that the search tries find their kernels
+        precompile(RunConfig(model, one), device).join()
         largest = largest_micro_batch(config, device)
         config = replace(config, train=replace(config.train, micro_batch=largest))
     return config
