@@ -29,9 +29,7 @@ from ..optim import build_optimizers
 from .step import DTYPES, TrainStep
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
-TOKENS = (
-    2**15
-)  # of a batch to compile with: memory for one block and the head of these, whatever the run's own batch
+TOKENS = 2**15  # of a batch to compile with, at most: memory for one block and the head
 
 
 def precompile(config: RunConfig, device: torch.device) -> Thread:
@@ -60,10 +58,8 @@ def _precompile(config: RunConfig, device: torch.device) -> None:
 
 def _compile(config: RunConfig, device: torch.device) -> None:
     # the first launch of all, before there are several threads: it initialises CUDA and Triton
-    if (
-        choose("attention", torch.empty(0, dtype=DTYPES[config.train.dtype], device=device)).backend
-        == "torch"
-    ):
+    probe = torch.empty(0, dtype=DTYPES[config.train.dtype], device=device)
+    if choose("attention", probe).backend == "torch":
         return
     calls = operator_calls(config, device).values()
     with ThreadPoolExecutor(len(calls)) as pool:
@@ -78,16 +74,12 @@ def operator_calls(config: RunConfig, device: torch.device) -> dict[str, list[Ca
         config: as `precompile` takes it.
         device: of the arguments.
     """
-    with torch.device("meta"):
-        model = GPT(replace(config.model, n_layer=1))
-    model.to_empty(device=device)
-    settings = replace(config.train, cuda_graph="off")
-    length = config.model.context_length
-    ids = torch.zeros(
-        min(settings.sequences, max(TOKENS // length, 1)), length, dtype=torch.int64, device=device
-    )
-    step = TrainStep(model, build_optimizers(model, settings), repeat((ids, ids)), settings)
+    settings, length = replace(config.train, cuda_graph="off"), config.model.context_length
+    sequences = min(settings.sequences, max(TOKENS // length, 1))
     with _Calls() as calls:
+        model = GPT(replace(config.model, n_layer=1)).to_empty(device=device)
+        ids = torch.zeros(sequences, length, dtype=torch.int64, device=device)
+        step = TrainStep(model, build_optimizers(model, settings), repeat((ids, ids)), settings)
         step.micro_step(ids, ids)
         mean_loss(model, [(ids, ids)], step.dtype)
     return calls.found
@@ -101,7 +93,7 @@ def run(calls: list[Call]) -> None:
 
 
 class _Calls(TorchDispatchMode):
-    """Keeps our operators' calls instead of making them; all else runs."""
+    """Keeps our operators' calls instead of making them, and leaves weights undrawn; all else runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,6 +102,8 @@ class _Calls(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default):
+            return args[0]
         if func.namespace != "fusedgpt":
             return func(*args, **(kwargs or {}))
         self.found.setdefault(_thread(func.name().partition("::")[2]), []).append((func, args))

@@ -17,12 +17,14 @@ from torch import Tensor
 
 from fusedgpt.data.loader import TokenLoader
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.evaluate import mean_loss
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import graph
 from fusedgpt.gpt.train.loop import train
 from fusedgpt.gpt.train.memory import largest_micro_batch
 from fusedgpt.gpt.train.metrics import read_metrics
+from fusedgpt.gpt.train.precompile import precompile
 from fusedgpt.gpt.train.step import TrainingError, TrainStep
 from fusedgpt.kernels._triton import INTERPRETED
 
@@ -155,6 +157,29 @@ def test_a_step_that_is_not_finite_is_skipped_inside_the_graph(dtype: str) -> No
     step.seed.copy_(held)  # the skipped step has drawn one
     if dtype == "bfloat16":
         assert equal(run(step, 3), run(clean, 3)), "and training goes on as if it had not been"
+
+
+@pytest.mark.parametrize("changes", [{}, {"dtype": "float16", "float32_residual": True, "cuda_graph": "off"}])
+def test_nothing_is_left_to_compile_for_the_first_step(
+    changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from triton import knobs
+
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"]), raising=False
+    )
+    shape, settings = replace(SHAPE, n_embd=192), replace(SETTINGS, **changes)  # a width of this test alone
+    state, memory = torch.cuda.get_rng_state(GPU), torch.cuda.memory_allocated(GPU)
+    precompile(RunConfig(shape, settings), GPU).join()
+    assert len(compiled) >= 12, "and some that depend on no width, if no test before had them"
+    assert torch.equal(torch.cuda.get_rng_state(GPU), state)
+    assert torch.cuda.memory_allocated(GPU) <= memory + 2**26, "cuBLAS's workspace at most"
+    ahead = len(compiled)
+    step = make(settings, shape)
+    mean_loss(step.model, [next(batches()), next(batches((1, 30)))], step.dtype)
+    run(step, 3)
+    assert compiled[ahead:] == []
 
 
 @pytest.fixture
