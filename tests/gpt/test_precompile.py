@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import repeat
-from threading import active_count
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from fusedgpt.gpt.evaluate import mean_loss
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import precompile as precompile_module
-from fusedgpt.gpt.train.precompile import operator_calls, precompile, run
+from fusedgpt.gpt.train.precompile import operator_calls, run
 from fusedgpt.gpt.train.step import DTYPES, TrainStep
 from fusedgpt.kernels import use_backend
 from fusedgpt.kernels._triton import INTERPRETED, TensorDescriptor
@@ -116,8 +115,7 @@ def test_a_run_launches_nothing_that_was_not_compiled_ahead(
     monkeypatch.setattr(precompile_module, "TOKENS", 128)  # below "many rows"
     before = torch.get_rng_state()
     with launches(monkeypatch) as ahead:
-        for calls in operator_calls(RunConfig(shape, settings), CPU).values():
-            run(calls)
+        precompile_module._compile(RunConfig(shape, settings), CPU)  # in its threads
     assert torch.equal(torch.get_rng_state(), before)
     model = GPT(shape)
     batch = ids(settings.sequences, shape.context_length)
@@ -137,21 +135,27 @@ def test_a_run_launches_nothing_that_was_not_compiled_ahead(
     assert ahead <= trained | evaluated, "compiled for nothing"
 
 
-def test_two_threads_never_compile_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", RUNS)
+def test_two_threads_never_compile_one_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[str, str] = {}
-    for name, calls in operator_calls_on_triton(*RUNS["no biases, untied"]).items():
+    with use_backend("triton"):
+        threads = operator_calls(RunConfig(*RUNS[name]), CPU)
+    for thread, calls in threads.items():
         with launches(monkeypatch) as launched:
             run(calls)
         for kernel in {launch[0] for launch in launched}:
-            assert found.setdefault(kernel, name) == name, kernel
+            assert found.setdefault(kernel, thread) == thread, kernel
+    assert len(set(found.values())) >= 7, "side by side"
 
 
-def operator_calls_on_triton(shape: ModelConfig, settings: TrainConfig) -> dict:
-    with use_backend("triton"):
-        return operator_calls(RunConfig(shape, settings), CPU)
+def test_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(precompile_module, "_compile", lambda *given: called.append(given))
+    precompile_module._precompile(RunConfig(SHAPE, SETTINGS), CPU)
+    assert not called
 
 
-def test_a_cpu_compiles_nothing() -> None:
-    before = active_count()
-    precompile(RunConfig(SHAPE, SETTINGS), CPU).join()
-    assert active_count() == before
+def test_plain_pytorch_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    with launches(monkeypatch) as launched, use_backend("torch"):
+        precompile_module._compile(RunConfig(SHAPE, SETTINGS), CPU)
+    assert not launched
