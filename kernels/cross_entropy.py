@@ -17,9 +17,10 @@ gradients wanted, "mean" and "sum" make both in the forward, and the backward mu
 
 N rows of C elements of s bytes, V' rows of W, n chunks: 6 N V' C FLOPs, 8 N V' C for "none". The kernel reads and
 writes the logits once in memory (2 N V' s bytes) and reads them a second time from the caches; the matmuls write
-them once and read dz twice; dW's accumulator is read and written n times (8 n V' C bytes). Memory beside inputs and
-gradients: a chunk's logits and W in x's dtype. At N = 65536, V' = 50304, C = 768 in bfloat16 under float32 masters
-that is 16 chunks of 4096 rows, 0.38 + 0.07 GiB; in the backward dx and dW before they are scaled, 0.24 GiB, instead.
+them once and read dz twice; dW's accumulator is written n times and read n - 1 times (4 (2 n - 1) V' C bytes). Memory
+beside inputs and gradients: a chunk's logits and W in x's dtype. At N = 65536, V' = 50304, C = 768 in bfloat16 under
+float32 masters that is 16 chunks of 4096 rows, 0.38 + 0.07 GiB; in the backward dx and dW before they are scaled,
+0.24 GiB, instead.
 """
 
 import math
@@ -68,7 +69,8 @@ def _chunks(
     loss = None if lse is not None else x.new_empty(rows, dtype=torch.float32)
     lse = x.new_empty(rows, dtype=torch.float32) if lse is None else lse
     dx = torch.empty_like(x) if want_dx else x.new_empty(0)
-    dweight = x.new_zeros(weight.shape if want_dweight else 0, dtype=torch.float32)
+    # the first chunk writes over it
+    dweight = (x.new_empty if rows else x.new_zeros)(weight.shape if want_dweight else 0, dtype=torch.float32)
     stride = -(-columns // 64) * 64  # rows begin at multiples of 128 bytes
     step = chunk_rows(rows, stride * x.itemsize)
     buffer = x.new_empty(min(step, rows), stride)
@@ -98,7 +100,7 @@ def _chunks(
             torch.mm(logits, weight, out=dx[here])
         if want_dweight:
             read = x[here] if row_factors is None else _scaled(x[here], row_factors[here], x.dtype)
-            accumulate(dweight, logits.mT, read)
+            accumulate(dweight, logits.mT, read, first=start == 0)
     return x.new_empty(0, dtype=torch.float32) if loss is None else loss, lse, dx, dweight
 
 

@@ -17,12 +17,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if _stores_float32(a) else a.float() @ b.float()
 
 
-def accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a (M, K) @ b (K, N) in place; total (M, N) is float32, a and b of one dtype and any strides."""
+def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
+    """total += a (M, K) @ b (K, N) in place; total (M, N) is float32, a and b of one dtype and any strides.
+
+    The first product is written over whatever total holds, which spares filling it with zeros and reading them.
+    """
+    beta = 0 if first else 1
     if a.dtype != torch.float32 and _stores_float32(a):
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        torch.addmm(total, a, b, beta=beta, out_dtype=torch.float32, out=total)
     else:
-        total.addmm_(a.float(), b.float())
+        total.addmm_(a.float(), b.float(), beta=beta)
 
 
 def _stores_float32(a: Tensor) -> bool:
