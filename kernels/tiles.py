@@ -254,9 +254,13 @@ def attention_tile(table: dict[str, tuple[Tile, ...]], name: str, head_dim: int)
 
 
 def select(table: dict[str, tuple[Tile, ...]], architecture: str, columns: int) -> Tile:
-    """The row for a width, cut down to the power of two that holds it."""
+    """The row for a width, cut down to the power of two that holds it, though not below 16.
+
+    With fewer elements than threads several threads hold one element, and of what is written in place one of them may
+    read what another wrote.
+    """
     tile = next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
-    return tile._replace(block=min(tile.block, next_power_of_two(columns)))
+    return tile._replace(block=min(tile.block, max(next_power_of_two(columns), 16)))
 
 
 def dropout_tile(columns: int) -> Tile:

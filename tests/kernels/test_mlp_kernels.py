@@ -17,7 +17,16 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fusedgpt.bench.tile_sweep import in_table
 from fusedgpt.kernels import _triton, gelu_mlp, mlp, use_backend
-from fusedgpt.kernels.tiles import ANY, LIBRARY, MLP_DOWN_GRADIENT, MLP_UP, MatmulTile
+from fusedgpt.kernels.tiles import (
+    ANY,
+    GELU_BACKWARD,
+    GELU_FORWARD,
+    LIBRARY,
+    MLP_DOWN_GRADIENT,
+    MLP_UP,
+    MatmulTile,
+    select,
+)
 
 from .test_parity import DTYPES, assert_within, drawn, gradients, leaves
 
@@ -237,6 +246,15 @@ def test_a_backward_inside_autocast_rounds_nothing() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             inside = torch.autograd.grad(y, tensors)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
+
+
+@pytest.mark.parametrize("table", [GELU_FORWARD, GELU_BACKWARD])
+def test_what_is_written_in_place_each_element_has_one_thread(table: dict) -> None:
+    for architecture in table.keys() - {"interpreter"}:
+        for hidden in (1, 2, 3, 4, 5, 8, 100, 3072):
+            tile = select(table, architecture, hidden)
+            lanes = 64 if architecture.startswith("gfx") or architecture == "any" else 32
+            assert tile.rows * tile.block >= lanes * tile.warps
 
 
 def test_float64_is_left_to_the_reference() -> None:
