@@ -9,7 +9,17 @@ import torch
 from fusedgpt.bench.gpu import DTYPES, full_size
 from fusedgpt.bench.tile_sweep import TABLES, _mlp_example, in_table
 from fusedgpt.bench.timing import full_rows
-from fusedgpt.kernels import add_layer_norm, dropout, embed, gelu_mlp, layer_norm, linear, mlp, use_backend
+from fusedgpt.kernels import (
+    add_layer_norm,
+    dropout,
+    embed,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    matmul,
+    mlp,
+    use_backend,
+)
 from fusedgpt.kernels._triton import INTERPRETED
 from fusedgpt.kernels.backend import TRITON_OPERATORS
 from fusedgpt.kernels.dropout import _words, keep_mask
@@ -156,6 +166,22 @@ def test_a_projection_of_float32_masters_keeps_the_accumulator() -> None:
     nothing = linear(x[:0], weight, bias)
     for gradient in torch.autograd.grad(nothing.sum(), [weight, bias]):
         assert not gradient.any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_products_of_any_layout_keep_the_accumulator(dtype: torch.dtype) -> None:
+    """Also of a transposed slice, as the logits' gradient is, over a total that held NaN before the first."""
+    dz = torch.randn(300, 1024, device=GPU, dtype=dtype)[:, :1003].mT
+    x = torch.randn(300, 64, device=GPU, dtype=dtype)
+    exact = dz.double() @ x.double()
+    total = torch.full((1003, 64), float("nan"), device=GPU)
+    matmul.accumulate(total, dz, x, first=True)
+    torch.testing.assert_close(total.double(), exact, rtol=1e-4, atol=1e-4)
+    matmul.accumulate(total, dz, x)
+    torch.testing.assert_close(total.double(), 2 * exact, rtol=1e-4, atol=1e-4)
+    for a, b, truth in ((dz, x, exact), (x.T, dz.T, exact.T)):
+        torch.testing.assert_close(matmul.product(a, b, torch.float32).double(), truth, rtol=1e-4, atol=1e-4)
+        assert matmul.product(a, b, dtype).dtype == dtype
 
 
 def _tables(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
