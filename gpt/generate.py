@@ -219,7 +219,7 @@ class TextStream:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for rows of different lengths padded on the left.
+    """Keys and values of the tokens seen so far, for rows of different lengths padded on the left. No gradients.
 
     Args:
         config: the model's.
@@ -232,35 +232,37 @@ class KVCache:
         self, config: ModelConfig, lengths: list[int], capacity: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         # heads before slots: what has been filled of a head is one block, which batched matmuls read without a copy
-        shape = (config.n_layer, len(lengths), config.n_head, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
+        shape = (2 * config.n_layer, len(lengths), config.n_head, capacity, config.head_dim)
+        self.entries = torch.empty(shape, dtype=dtype, device=device)  # each layer's keys, then its values
         self.padding = torch.tensor([[max(lengths) - n] for n in lengths], device=device)  # (B, 1)
+        self.padded = min(lengths) < max(lengths)
         self.used = 0
         self.advance(max(lengths))
 
     @property
     def full(self) -> bool:
-        return self.used == self.keys.shape[3]
+        return self.used == self.entries.shape[3]
 
     def advance(self, count: int) -> None:
         """Take the next `count` slots; the forward pass that follows fills them."""
-        slots = torch.arange(self.used, self.used + count, device=self.padding.device)
+        before, self.used = self.used, self.used + count
+        slots = torch.arange(before, self.used, device=self.padding.device)
         self.positions = (slots - self.padding).clamp_(min=0)  # (B, T)
-        self.first_key = self.padding.expand(-1, count)  # (B, T)
-        self.used += count
+        self.first_key = self.padding.expand(-1, count) if self.padded else None  # (B, T)
+        # views for all layers at once: made layer by layer they take longer than what is copied into them
+        entries = self.entries.transpose(2, 3)
+        self._seen = entries[:, :, : self.used].unbind()
+        self._new = entries[:, :, before : self.used].unbind()
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the newest (B, T, H, D) keys and values of a layer; all of that layer's, (B, used, H, D)."""
-        new = slice(self.used - k.shape[1], self.used)
-        self.keys[layer, :, :, new] = k.transpose(1, 2)
-        self.values[layer, :, :, new] = v.transpose(1, 2)
-        keys, values = self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
-        return keys.transpose(1, 2), values.transpose(1, 2)
+        self._new[2 * layer].copy_(k)
+        self._new[2 * layer + 1].copy_(v)
+        return self._seen[2 * layer], self._seen[2 * layer + 1]
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these rows only."""
-        self.keys, self.values, self.padding = self.keys[:, rows], self.values[:, rows], self.padding[rows]
+        self.entries, self.padding = self.entries[:, rows], self.padding[rows]
 
 
 class _Decoder:

@@ -31,7 +31,7 @@ class Cache(Protocol):
     """The keys and values of the positions seen so far; `gpt/generate.py` has the implementation."""
 
     positions: Tensor  # (B, T): the positions of the tokens that come next
-    first_key: Tensor  # (B, T): the first key that each of them may see
+    first_key: Tensor | None  # (B, T): the first key that each of them may see; None: key 0
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append (B, T, H, D) keys and values of a layer and return all of that layer's."""
@@ -181,7 +181,7 @@ class GPT(nn.Module):
             residual_dtype: of the residual stream, `dtype` by default; post-norm has no stream beside y.
             recompute: keep no activations inside blocks, compute them again in the backward.
             reduction: of the loss: "mean", "sum" or "none" (then (B · T,)).
-            cache: keys and values seen before; the ids continue them. Inference only.
+            cache: keys and values seen before; the ids continue them. Inference only, under no_grad.
 
         Returns:
             (B, T, vocab_size) logits in `dtype`, or the loss in nats, float32.

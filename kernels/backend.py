@@ -112,13 +112,14 @@ def _obstacle(operator: str, wanted: str, x: Tensor, others: tuple[Tensor | None
         return f"this version has no Triton kernel for {operator}"
     if _triton.MISSING is not None:
         return f"Triton cannot be imported ({_triton.MISSING})"
+    if _triton.INTERPRETED:
+        if wanted != "triton":
+            return "Triton's interpreter runs only where it is asked for"
+    elif not x.is_cuda:
+        return f"the tensors are on {x.device}, and Triton kernels need a CUDA or ROCm device"
     if any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
         return "float64 exists in plain PyTorch only"
-    if _triton.INTERPRETED:
-        return None if wanted == "triton" else "Triton's interpreter runs only where it is asked for"
-    if not x.is_cuda:
-        return f"the tensors are on {x.device}, and Triton kernels need a CUDA or ROCm device"
-    return unusable(x.device)
+    return None if _triton.INTERPRETED else unusable(x.device)
 
 
 def unusable(device: torch.device) -> str | None:

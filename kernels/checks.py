@@ -27,8 +27,10 @@ def _tensors(operator: str, dtypes: tuple, tensors: dict[str, Tensor | None]) ->
             raise TypeError(
                 f"{operator}: {name} has dtype {str(tensor.dtype)[6:]}; it takes {_names(dtypes)}"
             )
-        first = first or (name, tensor)
-        same_device(operator, first[0], first[1], name, tensor)
+        if first is None:
+            first = name, tensor
+        elif tensor.device != first[1].device:
+            same_device(operator, *first, name, tensor)
 
 
 def _names(dtypes: tuple) -> str:
@@ -50,7 +52,7 @@ def same_device(operator: str, name: str, tensor: Tensor, other_name: str, other
 
 def shape(operator: str, name: str, tensor: Tensor | None, *expected: int) -> None:
     """The tensor, where given, has exactly the expected shape."""
-    if tensor is not None and tuple(tensor.shape) != expected:
+    if tensor is not None and tensor.shape != expected:
         raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}; it takes {expected}")
 
 

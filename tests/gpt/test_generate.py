@@ -54,6 +54,7 @@ def continued(
     return new
 
 
+@torch.no_grad()
 def test_cached_logits_equal_a_whole_forward_pass_for_rows_of_different_lengths(model: GPT) -> None:
     cache = KVCache(model.config, [len(p) for p in PROMPTS], CONTEXT, torch.float64, torch.device("cpu"))
     longest = max(map(len, PROMPTS))
