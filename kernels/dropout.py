@@ -62,11 +62,16 @@ def keep_mask(seed: Tensor, stream: int, rows: int, columns: int, p: float) -> T
 
 def attention_keep_mask(seed: Tensor, stream: int, heads: int, q_len: int, k_len: int, p: float) -> Tensor:
     """The mask of attention over `heads` = batch · head matrices: bool (heads, q_len, k_len), True where kept."""
-    row, column = _positions(q_len, k_len, seed.device)
+    rows, columns = -(-q_len // 16), -(-k_len // 16)  # blocks of 16, whose two halves share their words
+    row, column = _positions(8 * rows, 8 * columns, seed.device)
     head = torch.arange(heads, device=seed.device).view(-1, 1, 1)
-    words = _words(seed, stream, head, row & ~8, column & ~8)
-    byte = 2 * (row >> 3 & 1) + (column >> 3 & 1)
-    return (words >> 8 * byte & ATTENTION_LEVELS - 1) >= attention_threshold(p)
+    words = _words(seed, stream, head, row + (row & ~7), column + (column & ~7))  # a zero put in as bit 3
+    words = words.view(heads, rows, 8, columns, 8)
+    keep = torch.empty((heads, rows, 2, 8, columns, 2, 8), dtype=torch.bool, device=seed.device)
+    for byte in range(4):
+        bits = words >> 8 * byte & ATTENTION_LEVELS - 1
+        keep[:, :, byte // 2, :, :, byte % 2] = bits >= attention_threshold(p)
+    return keep.view(heads, 16 * rows, 16 * columns)[:, :q_len, :k_len]
 
 
 def _positions(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -80,8 +85,9 @@ def _words(seed: Tensor, stream: int, head: Tensor, row: Tensor, column: Tensor)
     key = _mix(_mix(key ^ (seed >> 32 & _LOW)) ^ (seed & _LOW))
     r = _mix(_mix(head ^ key) ^ row) | 1
     c = _mix(column ^ _mix((key + GOLDEN) & _LOW))
-    product = r * (c ^ r)  # int64 wraps around, which keeps the low 64 bits of the product exact
-    return (product >> 32 ^ product) & _LOW
+    product = (c ^ r).mul_(r)  # int64 wraps around, which keeps the low 64 bits of the product exact
+    # in place: memory for another tensor of this size takes longer than its arithmetic
+    return (product >> 32).bitwise_xor_(product).bitwise_and_(_LOW)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -258,4 +264,12 @@ def masked(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
     """`dropout` in plain PyTorch."""
     columns = x.shape[-1] if x.dim() else 1
     keep = keep_mask(seed, stream, x.numel() // max(columns, 1), columns, p).view(x.shape)
-    return x * keep * keep_scale(p)
+    return (x * keep_factor(keep, keep_scale(p), x.dtype)).to(x.dtype)
+
+
+def keep_factor(keep: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """A mask and its scale as one factor, float32 or wider.
+
+    The backward multiplies by it once, a sixth of the time that a bool and a number take on a CPU.
+    """
+    return keep.to(torch.promote_types(dtype, torch.float32)).mul_(scale)

@@ -13,15 +13,22 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .backend import without_autocast
-from .dropout import ATTENTION_LEVELS, attention_keep_mask, attention_threshold, keep_scale, masked
+from .dropout import (
+    ATTENTION_LEVELS,
+    attention_keep_mask,
+    attention_threshold,
+    keep_factor,
+    keep_scale,
+    masked,
+)
 
 
 def embed(
     ids: Tensor, wte: Tensor, wpe: Tensor, p: float, seed: Tensor | None, stream: int, out_dtype: torch.dtype
 ) -> Tensor:
-    tokens = F.embedding(ids, wte)  # (B, T, C)
-    x = tokens + wpe[: ids.shape[1]]
-    return _dropout(x, p, seed, stream).to(out_dtype)
+    tokens, positions = F.embedding(ids, wte), wpe[: ids.shape[1]]  # (B, T, C), (T, C)
+    x = tokens.add_(positions) if tokens.dtype == positions.dtype else tokens + positions
+    return _cast(_dropout(x, p, seed, stream), out_dtype)
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, out_dtype: torch.dtype) -> Tensor:
@@ -73,14 +80,16 @@ def attention(
 
     # scores are float32, as in every fused kernel: rounded to bfloat16, large ones cost the output 6 times the error
     with without_autocast(q):
-        scores = _wide(q) @ _wide(k).mT * scale  # (B, H, Tq, Tk)
-    visible = _visible(q_len, k_len, causal, first_key, q.device)
-    scores = scores.masked_fill(~visible, -math.inf)
-    weights = torch.softmax(scores, -1).masked_fill(~visible, 0.0)  # a row that sees nothing: 0, not NaN
+        scores = (_wide(q) * scale) @ _wide(k).mT  # (B, H, Tq, Tk)
+    hidden = ~_visible(q_len, k_len, causal, first_key, q.device)
+    weights = torch.softmax(scores.masked_fill_(hidden, -math.inf), -1)
+    if first_key is not None or q_len > k_len:
+        weights = weights.masked_fill(hidden, 0.0)  # a row that sees nothing: 0, not NaN
     if p > 0.0:
         assert seed is not None  # checked by the public function
         keep = attention_keep_mask(seed, stream, q.shape[0] * q.shape[1], q_len, k_len, p)
-        weights = weights * keep.view(weights.shape) * keep_scale(attention_threshold(p) / ATTENTION_LEVELS)
+        scale = keep_scale(attention_threshold(p) / ATTENTION_LEVELS)
+        weights = weights * keep_factor(keep, scale, weights.dtype).view(weights.shape)
     return (_cast(weights, v.dtype) @ v).transpose(1, 2)
 
 
