@@ -13,15 +13,17 @@ import math
 import random
 import secrets
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..data.tokenizers import Tokenizer
 from ..kernels import linear
 from .config import ModelConfig
 from .model import GPT
+
+if TYPE_CHECKING:  # ids alone take no tokenizer, nor the libraries under one
+    from ..data.tokenizers import Tokenizer
 
 
 @torch.inference_mode()
@@ -127,7 +129,7 @@ def _require(condition: bool, name: str, value: object, takes: str) -> None:
 
 def generate_text(
     model: GPT,
-    tokenizer: Tokenizer,
+    tokenizer: "Tokenizer",
     prompts: Sequence[str],
     max_tokens: int,
     *,
@@ -178,7 +180,7 @@ class TextStream:
         stop: strings that end the text; it is cut before the first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]) -> None:
+    def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int], stop: Sequence[str]) -> None:
         self.text = ""  # what has been released
         self.stopped = False
         self._tokenizer, self._stop = tokenizer, stop

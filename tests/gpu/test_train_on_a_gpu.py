@@ -5,7 +5,7 @@ import json
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import cycle, repeat
 from pathlib import Path
@@ -21,7 +21,6 @@ from fusedgpt.gpt.evaluate import mean_loss
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import graph
-from fusedgpt.gpt.train.loop import train
 from fusedgpt.gpt.train.memory import largest_micro_batch
 from fusedgpt.gpt.train.metrics import read_metrics
 from fusedgpt.gpt.train.precompile import precompile
@@ -183,6 +182,16 @@ def test_nothing_is_left_to_compile_for_the_first_step(
 
 
 @pytest.fixture
+def train() -> Callable:
+    """`gpt train`, which takes more libraries than a step does."""
+    for package in ("regex", "safetensors", "rich", "matplotlib"):
+        pytest.importorskip(package)
+    from fusedgpt.gpt.train.loop import train
+
+    return train
+
+
+@pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 200)
@@ -210,7 +219,7 @@ def with_train(config: RunConfig, **changes: object) -> RunConfig:
 
 
 def test_evaluation_samples_checkpoints_and_resuming_go_around_the_graphs(
-    config: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    config: RunConfig, train: Callable, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     train(config, tmp_path / "whole")
     train(with_train(config, cuda_graph="off"), tmp_path / "plain")
@@ -225,7 +234,7 @@ def test_evaluation_samples_checkpoints_and_resuming_go_around_the_graphs(
     assert "warning" not in capfd.readouterr().err
 
 
-def test_a_profile_shows_the_graphs_kernels(config: RunConfig, tmp_path: Path) -> None:
+def test_a_profile_shows_the_graphs_kernels(config: RunConfig, train: Callable, tmp_path: Path) -> None:
     train(with_train(config, steps=9, profile=True), tmp_path / "run")
     trace = json.loads(gzip.decompress((tmp_path / "run" / "trace.json.gz").read_bytes()))
     events = trace["traceEvents"]
@@ -254,7 +263,9 @@ def test_the_largest_micro_batch_is_found(config: RunConfig, one_gibibyte: None)
     assert torch.cuda.memory_allocated() < before + 2**28, "what was tried is gone"
 
 
-def test_running_out_of_memory_says_what_helps(config: RunConfig, tmp_path: Path, one_gibibyte: None) -> None:
+def test_running_out_of_memory_says_what_helps(
+    config: RunConfig, train: Callable, tmp_path: Path, one_gibibyte: None
+) -> None:
     greedy = with_train(config, batch_size=4096, micro_batch=4096)
     with pytest.raises(
         TrainingError, match=r"out of memory: .* has .* GiB, and .*--micro-batch 2048 .* less"
