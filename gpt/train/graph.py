@@ -79,9 +79,11 @@ class Captured:
 
     def _run(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
         current = torch.cuda.current_stream(self.place.device)
+        # copies, aligned as the capture's will be: Triton compiles a kernel anew for pointers that are not
+        copies = tuple(t.clone() for t in inputs)
         self.place.stream.wait_stream(current)
         with torch.cuda.stream(self.place.stream):
-            function(*inputs)
+            function(*copies)
         current.wait_stream(self.place.stream)
 
     def _capture(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> _Graph | None:
