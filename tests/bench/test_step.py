@@ -1,5 +1,7 @@
 """The step benchmark compares like with like and says so when it does not. Times are looked at by people, not by tests."""
 
+import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -72,6 +74,15 @@ def test_what_compiles_has_to_begin_in_time(eager: None) -> None:
     rows = list(step.measure(WORK, rounds=3, seconds=1e-3))
     assert [bool(row.milliseconds) for row in rows] == [True, True, False, False]
     assert rows[3].note == "left out: most of 0.001 s were over"
+
+
+def test_a_compiler_that_takes_too_long_is_stopped() -> None:
+    row, before = step.Row("step", "", "other"), signal.getsignal(signal.SIGALRM)
+    with step._given(0.05):
+        assert step._begin(row, lambda: time.sleep(60), WORK, None) is None
+    assert row.note == "failed: TimeoutError: not compiled within 0 s"
+    assert signal.getsignal(signal.SIGALRM) is before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_both_do_the_same_step_after_step() -> None:
