@@ -43,7 +43,7 @@ PARTS = {
 }
 CLIP, UPDATE, OTHER = "gradient norm + clip", "update", "other"
 FORWARD, BACKWARD, ONCE = "forward", "backward", ""
-HEAD_START = 100_000_000  # clock cycles, about 50 ms, in which the host queues the step
+HEAD_START = 200_000_000  # clock cycles, about 100 ms, in which the host queues the step and its stamps
 
 
 @dataclass

@@ -120,13 +120,13 @@ def failure(error: BaseException) -> str:
 def measure(work: Workload, batches: Sequence[int] = (), nanogpt_folder: Path | None = None) -> Iterator[Row]:
     """The peaks of all sides at each number of sequences; by default at half the size's own batch and at all of it.
 
-    On a CPU the compiled sides are left out: each shape would take a compilation. `step` shows theirs at its own shape.
+    Compiled sides are left out: each shape would take a compilation. `step` shows theirs at its own shape.
     """
     for batch in batches or sorted({max(work.batch // 2, 1), work.batch}):
         sized = replace(work, batch=batch)
         ours: float | None = None
         for name, build in builders(sized, nanogpt_folder):
-            if "torch.compile" in name and work.device.type == "cpu":
+            if "torch.compile" in name:
                 continue
             row = Row("memory", sized.case, name)
             try:
