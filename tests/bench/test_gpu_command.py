@@ -13,7 +13,7 @@ import torch
 from fusedgpt.bench import gpu, parts, step
 from fusedgpt.bench.sizes import workload
 from fusedgpt.kernels.backend import TRITON_OPERATORS
-from fusedgpt.kernels.selfcheck import parity
+from fusedgpt.kernels.selfcheck import EXAMPLES, parity
 
 FINE = [{"operator": "dropout", "ok": True}]
 
@@ -25,10 +25,11 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.suite, "record_name", lambda device: "a-gpu.json")
 
 
-def test_it_needs_no_tyro_and_says_that_there_is_no_gpu() -> None:
+def test_it_needs_torch_alone_and_says_that_there_is_no_gpu() -> None:
     code = """
 import sys
-sys.modules["tyro"] = None
+for name in ("tyro", "rich", "matplotlib", "tiktoken", "regex", "safetensors", "transformers"):
+    sys.modules[name] = None
 import torch
 torch.cuda.is_available = lambda: False
 from fusedgpt.bench.__main__ import main
@@ -118,11 +119,56 @@ def test_the_tests_of_a_gpu_are_run_and_reported(monkeypatch: pytest.MonkeyPatch
         "@pytest.mark.skip(reason='no room')\ndef test_skipped(): pass\n"
     )
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    rows = {row["test"]: row for row in gpu.run_tests({})}
+    rows = {row["test"]: row for row in gpu.run_tests({"seconds": 60})}
     assert rows.keys() == {"test_right", "test_wrong", "test_skipped"}
     assert (rows["test_right"]["ok"], rows["test_wrong"]["ok"]) == (True, False)
     assert "assert 1 == 2" in rows["test_wrong"]["message"]
     assert rows["test_skipped"]["left out"] == "no room"
+
+
+def test_tests_that_have_no_time_are_left_out_and_the_others_kept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "tests" / "gpu").mkdir(parents=True)
+    (tmp_path / "tests" / "kernels").mkdir()
+    (tmp_path / "tests" / "kernels" / "test_integration.py").write_text("def test_late(): pass\n")
+    (tmp_path / "tests" / "gpu" / "test_some.py").write_text(
+        "import time\ndef test_right(): pass\ndef test_slow(): time.sleep(60)\n"
+    )
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    right, *_, last = gpu.run_tests({"seconds": 10})
+    assert (right["test"], right["ok"]) == ("test_right", True)
+    assert last == {"left out": "the tests after these: 8 s were over"}
+
+
+def test_the_compiling_processes_check_every_operator_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    class Process:
+        def __init__(self, command: list[str], **_: object) -> None:
+            commands.append(command)
+
+        def wait(self) -> None: ...
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    rows = list(gpu.compile_kernels({}))
+    assert len(rows) == len(commands) == len(TRITON_OPERATORS) * len(gpu.DTYPES)
+    monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
+    (wanted,) = (
+        json.loads(c[-1])
+        for c, r in zip(commands, rows, strict=True)
+        if r["operator"] == "dropout" and r["dtype"] == "float32"
+    )
+    monkeypatch.setattr(
+        gpu, "full_size", lambda operator, rows: {f"{operator} of {rows}": EXAMPLES[operator]}
+    )
+    (found,) = gpu.check_parity(wanted)
+    assert (found["operator"], found["shape"], found["dtype"], found["ok"]) == (
+        "dropout",
+        "dropout of 4096",
+        "float32",
+        True,
+    )
 
 
 def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,4 +192,4 @@ def test_the_measurements_are_shown_as_their_commands_show_them(capsys: pytest.C
 
 def test_the_sweep_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu.tile_sweep, "run_tiles", lambda seconds: [f"Tile({seconds:g})"])
-    assert list(gpu.sweep_tiles({"seconds": 100})) == [{"row": "Tile(80)"}]
+    assert list(gpu.sweep_tiles({"seconds": 100})) == [{"row": "Tile(60)"}]
