@@ -191,6 +191,8 @@ def run_tests(options: Options) -> Iterator[Row]:
         if not report.exists():
             raise RuntimeError(said.strip()[-400:])
         for case in ElementTree.parse(report).iter("testcase"):
+            if not case.get("name"):  # the one that was stopped
+                continue
             record: Row = {"test": case.get("name"), "seconds": float(case.get("time", 0))}
             if (skipped := case.find("skipped")) is not None:
                 yield {**record, "left out": skipped.get("message", "")}

@@ -179,8 +179,8 @@ PARTS = {
     "step": Part(_part("step"), 125),
     "ops": Part(_ops, 85),
     "breakdown": Part(_part("breakdown"), 25),
-    "memory": Part(_part("memory"), 30),
-    "decode": Part(_part("decode", rounds=2), 40),
+    "memory": Part(_part("memory"), 40),
+    "decode": Part(_part("decode", rounds=2), 50),
 }
 CPU_PARTS = {
     name: part._replace(seconds=seconds)
