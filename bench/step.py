@@ -70,11 +70,11 @@ def measure(
         if "torch.compile" in name and time.monotonic() - began > 0.6 * seconds:
             row.note = f"left out: most of {seconds:g} s were over"
         else:
-            left = began + seconds - time.monotonic()
-            with _given(left) if "torch.compile" in name else nullcontext():
-                side = _begin(row, build, work, timed[0] if timed else None)
-            if side:
-                timed.append(side)
+            left, first = began + seconds - time.monotonic(), timed[0] if timed else None
+            with _given(left, row) if "torch.compile" in name else nullcontext():
+                if side := _begin(row, build, work, first):
+                    timed.append(side)
+            release(work.device)
     _take_turns([(found.side, found.times) for found in timed], work, rounds, began + seconds)
     ours = timed[0] if timed and timed[0].row is rows[0] else None
     for found in timed:
@@ -92,17 +92,23 @@ class Timed:
     times: list[float]  # seconds a step
 
 
+class _Late(BaseException):
+    """Not an Exception: compilers catch those, print all they know and go on."""
+
+
 @contextmanager
-def _given(seconds: float) -> Iterator[None]:
-    """A TimeoutError after so many seconds, and again every five: compilers swallow some. In the main thread alone."""
+def _given(seconds: float, row: Row) -> Iterator[None]:
+    """End the block after so many seconds, with a note in the row. In the main thread alone."""
 
     def late(number: int, frame: object) -> None:
-        raise TimeoutError(f"not compiled within {seconds:.0f} s")
+        raise _Late
 
     before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-3), 5.0)  # and again, where something holds it up
     try:
         yield
+    except _Late:
+        row.note = f"left out: not compiled within {seconds:.0f} s"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
@@ -120,8 +126,6 @@ def _begin(row: Row, build: Callable[[], Side], work: Workload, first: Timed | N
             row.note = _difference((loss, norm), (first.row.loss, first.norm), work)
         if not row.note:
             return Timed(row, side, norm, [])
-        del side
-    release(work.device)
     return None
 
 
