@@ -143,29 +143,18 @@ def test_tests_that_have_no_time_are_left_out_and_the_others_kept(
 
 def test_the_compiling_processes_check_every_operator_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-
-    class Process:
-        def __init__(self, command: list[str], **_: object) -> None:
-            commands.append(command)
-
-        def wait(self) -> None: ...
-
-    monkeypatch.setattr(gpu.subprocess, "Popen", Process)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command))
     rows = list(gpu.compile_kernels({}))
     assert len(rows) == len(commands) == len(TRITON_OPERATORS) * len(gpu.DTYPES)
     monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
-    (wanted,) = (
-        json.loads(c[-1])
-        for c, r in zip(commands, rows, strict=True)
-        if r["operator"] == "dropout" and r["dtype"] == "float32"
-    )
-    monkeypatch.setattr(
-        gpu, "full_size", lambda operator, rows: {f"{operator} of {rows}": EXAMPLES[operator]}
-    )
+    asked = [json.loads(command[-1]) for command in commands]
+    (wanted,) = [o for o in asked if o["operators"] == ["dropout"] and o["dtypes"] == ["float32"]]
+    examples = {name: {f"{name} small": example} for name, example in EXAMPLES.items()}
+    monkeypatch.setattr(gpu, "full_size", lambda operator, rows: examples[operator] if rows == 4096 else {})
     (found,) = gpu.check_parity(wanted)
     assert (found["operator"], found["shape"], found["dtype"], found["ok"]) == (
         "dropout",
-        "dropout of 4096",
+        "dropout small",
         "float32",
         True,
     )
