@@ -264,8 +264,7 @@ def run_gpu(out: Path | None = None) -> int:
     folder = out or Path(os.environ.get("OUT") or ROOT / "bench" / "results")
     file = folder / suite.record_name(device)
     options = suite.options_of(workload(device_name=str(device)))
-    with tempfile.TemporaryDirectory() as caches:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches  # what one part compiles the next need not
+    with suite.caches():
         run_parts("fusedgpt.bench.gpu", PARTS, options, found, file, SECONDS)
     found["clocks"].append(record.clocks(device))
     record.write(file, found)

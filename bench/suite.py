@@ -9,9 +9,11 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 
@@ -133,8 +135,7 @@ def run_all(work: Workload, out: Path | None = None, pictures: Path | None = Non
     found: Row = {"kind": "all", **record.machine(work.device), "clocks": [record.clocks(work.device)]}
     print(about(found))
     gpu = work.device.type == "cuda"
-    with tempfile.TemporaryDirectory() as caches:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = caches  # what one part compiles the next need not
+    with caches():
         seconds = sum(part.seconds for part in PARTS.values()) if gpu else ALL_SECONDS
         run_parts("fusedgpt.bench.suite", PARTS if gpu else CPU_PARTS, options_of(work), found, out, seconds)
     found["clocks"].append(record.clocks(work.device))
@@ -142,6 +143,18 @@ def run_all(work: Workload, out: Path | None = None, pictures: Path | None = Non
     print(f"\n{out}")
     draw(found, pictures or out.parent)
     return found
+
+
+@contextmanager
+def caches() -> Iterator[None]:
+    """Empty ones of compiled kernels for all parts: what one of them compiles the next need not.
+
+    Triton's is named too: else Inductor names one with the first kernel that it makes, and ours were compiled again.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+        with patch.dict(os.environ, {name: str(Path(folder, name)) for name in names}):
+            yield
 
 
 def record_name(device: torch.device) -> str:

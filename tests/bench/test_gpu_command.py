@@ -69,10 +69,11 @@ def test_the_exit_code_the_table_and_the_record(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    ran = []
+    ran, caches = [], set()
 
     def run_part(module: str, name: str, seconds: float, options: dict) -> tuple[list, dict]:
         ran.append(name)
+        caches.add((os.environ["TORCHINDUCTOR_CACHE_DIR"], os.environ["TRITON_CACHE_DIR"]))
         assert seconds <= gpu.PARTS[name].seconds
         status = {"seconds": 1.0} | ({"error": error} if error and name == part else {})
         return (rows if name == part else FINE if gpu.PARTS[name].judges else []), status
@@ -80,6 +81,7 @@ def test_the_exit_code_the_table_and_the_record(
     monkeypatch.setattr(parts, "run_part", run_part)
     assert gpu.run_gpu(tmp_path / "results") == code
     assert ran == list(gpu.PARTS)
+    assert len(caches) == 1, "what one part compiles the next need not"
     record = json.loads((tmp_path / "results" / "a-gpu.json").read_text())
     assert record["parts"].keys() == gpu.PARTS.keys()
     printed = capsys.readouterr().out
