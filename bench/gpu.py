@@ -61,12 +61,8 @@ def full_size(operator: str, rows: int) -> dict[str, Example]:
 
     def heads(length: int, width: int, n_head: int, p: float) -> Example:
         # a batch of 4: the float64 side holds the T x T matrices of all heads
-        return {"qkv": (4, length, 3 * width)}, lambda t: causal_attention(t["qkv"], n_head, p, t["seed"], 1)
-
-    def heads(length: int, width: int, p: float) -> Example:
-        # the float64 side holds the T x T matrices of all heads
         shapes: dict[str, tuple[int, ...]] = {"qkv": (4, length, 3 * width)}
-        return shapes, lambda t: causal_attention(t["qkv"], width // 64, p, t["seed"], 1)
+        return shapes, lambda t: causal_attention(t["qkv"], n_head, p, t["seed"], 1)
 
     def project(columns: int, out: int) -> Example:
         shapes = {"x": (rows, columns), "weight": (out, columns), "bias": (out,)}

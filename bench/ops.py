@@ -226,7 +226,13 @@ def measure(
                 work.name, work.size, "all sides", sizes=work.sizes, note=f"left out: {seconds:g} s were over"
             )
             continue
-        yield from compare(work, Setup(work, dtype, device), most, rounds)
+        try:
+            yield from compare(work, Setup(work, dtype, device), most, rounds)
+        except (
+            RuntimeError
+        ) as failure:  # out of memory among the timings, say: the other works are timed all the same
+            note = f"failed: {(str(failure).splitlines() or [''])[0]}"
+            yield Row(work.name, work.size, "all sides", sizes=work.sizes, note=note)
 
 
 def compare(work: Work, setup: Setup, most: Ceilings, rounds: int) -> Iterator[Row]:

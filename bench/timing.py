@@ -14,7 +14,7 @@ from ..kernels.backend import unusable
 from ..kernels.selfcheck import ptxas_version
 from ..kernels.tiles import hardware
 
-Call = Callable[[int], object]  # does the work once, on the inputs of that round
+Call = Callable[[int], object]  # does the work once, on the inputs of that number
 
 _BURST = 5  # rounds that are queued on a device at once
 _HEAD_START = (
@@ -23,17 +23,21 @@ _HEAD_START = (
 
 
 def medians(calls: Sequence[Call], device: torch.device, rounds: int, warm_up: int = 3) -> list[float]:
-    """The median time of each call in milliseconds. They take turns, so a machine whose speed drifts favours none."""
+    """The median time of each call in milliseconds.
+
+    They take turns, so a machine whose speed drifts favours none; another one begins each round, and none gets the inputs
+    that the one before it has just left in the caches.
+    """
     samples: list[list[float]] = [[] for _ in calls]
     for i in range(warm_up):
         for call in calls:
             call(i)
     if device.type != "cuda":
         for i in range(rounds):
-            for call, times in zip(calls, samples, strict=True):
+            for turn in _turns(i, len(calls)):
                 start = time.perf_counter()
-                call(i)
-                times.append(1e3 * (time.perf_counter() - start))
+                calls[turn](i + turn)
+                samples[turn].append(1e3 * (time.perf_counter() - start))
         return [statistics.median(times) for times in samples]
 
     with torch.cuda.device(device):
@@ -42,16 +46,20 @@ def medians(calls: Sequence[Call], device: torch.device, rounds: int, warm_up: i
             torch.cuda._sleep(_HEAD_START)
             marks = []
             for i in range(first, min(first + _BURST, rounds)):
-                for call, times in zip(calls, samples, strict=True):
+                for turn in _turns(i, len(calls)):
                     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                     begin.record()
-                    call(i)
+                    calls[turn](i + turn)
                     end.record()
-                    marks.append((times, begin, end))
+                    marks.append((samples[turn], begin, end))
             torch.cuda.synchronize()
             for times, begin, end in marks:
                 times.append(begin.elapsed_time(end))
     return [statistics.median(times) for times in samples]
+
+
+def _turns(i: int, sides: int) -> list[int]:
+    return [(i + turn) % sides for turn in range(sides)]
 
 
 def copy_bandwidth(device: torch.device) -> float:
