@@ -46,6 +46,7 @@ from .tiles import (
     ATTENTION_ONE_PASS,
     ATTENTION_QUERY,
     DESCRIPTORS,
+    OnePassTile,
     Tile,
     attention_row,
     attention_tile,
@@ -182,7 +183,9 @@ def _launch_backward(
     )
 
 
-def _run(kernel: Any, programs: int, tile: Tile, q: Tensor, *arguments: Any, **walk: Any) -> None:
+def _run(
+    kernel: Any, programs: int, tile: Tile | OnePassTile, q: Tensor, *arguments: Any, **walk: Any
+) -> None:
     if programs == 0:
         return
     head_dim = q.shape[3]
@@ -191,7 +194,7 @@ def _run(kernel: Any, programs: int, tile: Tile, q: Tensor, *arguments: Any, **w
         kernel[(programs,)](*arguments, D=head_dim, WIDTH=width, ROWS=tile.rows, **walk, num_warps=tile.warps)
 
 
-def _walk(tile: Tile, causal: bool) -> dict[str, Any]:
+def _walk(tile: Tile | OnePassTile, causal: bool) -> dict[str, Any]:
     """The constants of kernels that walk over tiles."""
     return {"CAUSAL": causal, "BLOCK": tile.block, "STAGES": tile.stages}
 
@@ -210,22 +213,21 @@ def _tile(table: dict[str, tuple[Tile, ...]], *read: Tensor) -> Tile:
     return attention_tile(table, _row_name(*read), read[0].shape[3])
 
 
-def _one_pass_tile(*read: Tensor) -> Tile | None:
+def _one_pass_tile(*read: Tensor) -> OnePassTile | None:
     """The tile of a backward in one pass where that is expected to win; None for two passes.
 
-    A program owns a head, so heads have to fill the multiprocessors: two passes have 1.4 times the matmuls, so one
-    pass may leave a quarter of them idle. And the sums of dq of the heads in work have to stay in the cache.
+    A program owns a head, so heads have to fill the multiprocessors, and the sums of dq of those in work have to stay
+    in the cache: the row says how much of both.
     """
     q = read[0]
-    rows = ATTENTION_ONE_PASS.get(_row_name(*read), ())
-    tile = next((row for row in rows if q.shape[3] <= row.limit), None)
-    if tile is None:
+    tile = attention_tile(ATTENTION_ONE_PASS, _row_name(*read), q.shape[3])
+    if not tile.rows:
         return None
     at_once = hardware(q.device).multiprocessors * tile.programs
     heads = q.shape[0] * q.shape[2]
-    filled = heads >= 0.75 * triton.cdiv(heads, at_once) * at_once
+    filled = 100 * heads >= tile.busy * triton.cdiv(heads, at_once) * at_once
     sums = min(heads, at_once) * q.shape[1] * q.shape[3] * 4
-    return tile if filled and sums <= 3 * _CACHED else None
+    return tile if filled and sums <= tile.cached << 20 else None
 
 
 def _group(q: Tensor, length: int) -> int:

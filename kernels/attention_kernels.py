@@ -35,7 +35,6 @@ from .tiles import (
     ATTENTION_QUERY,
     DESCRIPTORS,
     Case,
-    Tile,
     attention_row,
     attention_tile,
     next_power_of_two,
@@ -408,7 +407,7 @@ def case_options(architecture: str) -> list[tuple[int, str, bool, bool, bool, bo
 
 def case(
     kernel: Any,
-    table: dict[str, tuple[Tile, ...]],
+    table: dict[str, Any],
     d: int,
     dtype: str,
     causal: bool,

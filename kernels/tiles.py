@@ -6,7 +6,7 @@ A launcher asks for the row and passes it on; nothing is tuned at start-up. Meas
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -55,15 +55,30 @@ class MatmulTile(NamedTuple):
     origin: str
 
 
+class OnePassTile(NamedTuple):
+    """How the backward of attention cuts its work in one pass, and where that is expected to win."""
+
+    limit: int  # the widest head this is for
+    block: int  # keys
+    rows: int  # queries; 0: two passes
+    warps: int
+    stages: int  # of the loop over queries
+    programs: int  # a multiprocessor holds; each owns a head
+    busy: int  # percent of these programs that heads must give work to, on average until the last is done
+    cached: int  # MiB that the sums of dq of the heads in work may take
+    origin: str
+
+
 class Case(NamedTuple):
     """One kernel as `make kernels-report` compiles it: each argument's Triton type, or its value if a constant."""
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
-    tile: Tile | MatmulTile
+    tile: Tile | MatmulTile | OnePassTile
 
 
+_Row = TypeVar("_Row", Tile, OnePassTile)
 ANY = 1 << 31
 _OFFLINE = "offline"
 
@@ -105,8 +120,9 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 
 # Attention: limit is a head's width, rows are queries, block is keys. "any" is for the tensor cores of Ampere and Ada
 # and stays below the 99 KiB of shared memory of consumer GPUs. sm_90 forward: with 64 queries a tile, 12 × 64 heads of
-# 1024 would fetch 1.8 GB of keys and values, with 128 half of that; 128 × 64 with 4 warps takes 254 registers and spills
-# with dropout. float32 multiplies without tensor cores, from registers: heads wider than 64 spill at any tile.
+# 1024 would fetch 1.8 GB of keys and values, with 128 half of that; 128 × 64 with 4 warps takes 211 registers, and by
+# pointer 254 and spills with dropout. float32 multiplies without tensor cores, from registers: heads wider than 64 spill
+# at any tile.
 # Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
 #     forward 168 · 218 | 173 · 174    dq 122 · 155 | 122 · 138    dk, dv 205 · 253 | 204 · 255
 # By pointer dk, dv spill there under 3.6, 12 bytes at 64 and 32 at 128: what no descriptor holds takes the rows of "any".
@@ -146,10 +162,15 @@ ATTENTION_DECODE: dict[str, tuple[Tile, ...]] = {
 }
 # The backward in one pass; programs: how many a multiprocessor holds. Without · with dropout (Triton 3.6 | 3.9), at 64:
 # 214 · 244 | 217 · 254 registers, 97 KiB, no spill, 5 matmuls and 65 exponentials' instructions where two passes have 7
-# and 136. 128 queries a tile spill, 64 to 488 bytes, with 64 keys or 128. 64 × 64 with 4 warps is clean, two programs to a
-# multiprocessor, but adds twice the bytes to dq. By pointer 12 to 100 bytes spill. Two passes stay for heads of 128.
-ATTENTION_ONE_PASS: dict[str, tuple[Tile, ...]] = {
-    "sm_90": (Tile(64, 128, 64, 8, 2, 1, _OFFLINE),),
+# and 136. 128 queries a tile spill, 64 to 488 bytes, with 64 keys or 128. 64 × 64 with 4 warps, two programs to
+# a multiprocessor, adds twice the bytes to dq, and under 3.9 32 bytes spill with dropout. By pointer 12 to 100 bytes spill.
+# At 128 two passes stay: 64 keys × 32 queries alone spill nothing (236 · 250 registers), with matmuls too small for wgmma.
+# Two passes have 1.4 times the matmuls, so one pass may leave a quarter of the GPU idle; 48 MiB of an H200's cache hold
+# the sums of dq.
+TWO_PASSES = OnePassTile(ANY, 0, 0, 0, 0, 0, 0, 0, _OFFLINE)
+ATTENTION_ONE_PASS: dict[str, tuple[OnePassTile, ...]] = {
+    "any": (TWO_PASSES,),
+    "sm_90": (OnePassTile(64, 128, 64, 8, 2, 1, 75, 48, _OFFLINE), TWO_PASSES),
 }
 
 # Reductions over rows that are read once: enough loads in flight at any width, and no row is worth tuning offline.
@@ -248,7 +269,7 @@ def attention_row(architecture: str, float32: bool, descriptors: bool) -> str:
     return architecture if descriptors else DESCRIPTORS.get(architecture, architecture)
 
 
-def attention_tile(table: dict[str, tuple[Tile, ...]], name: str, head_dim: int) -> Tile:
+def attention_tile(table: dict[str, tuple[_Row, ...]], name: str, head_dim: int) -> _Row:
     """The row for a head's width."""
     return next(row for row in table.get(name) or table["any"] if head_dim <= row.limit)
 

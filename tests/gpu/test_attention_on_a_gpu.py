@@ -35,7 +35,7 @@ def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def choose_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = ATTENTION_ONE_PASS.get(hardware(GPU).architecture)
+    rows = [row for row in ATTENTION_ONE_PASS.get(hardware(GPU).architecture, ()) if row.rows]
     if name == "one pass" and not rows:
         pytest.skip(f"no row of {hardware(GPU).architecture} asks for one pass")
 
