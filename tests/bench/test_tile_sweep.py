@@ -71,14 +71,15 @@ def test_a_printed_row_is_the_tile(tile: Tile | MatmulTile | OnePassTile) -> Non
 SMALL = (Tile(8, 8, 2, 1, 1, 1, ""), Tile(8, 8, 3, 1, 1, 1, ""))
 SMALL_MATMULS = (MatmulTile(8, 16, 32, 16, 1, 1, 2, 1, ""), MatmulTile(8, 3, 32, 16, 1, 1, 2, 1, ""))
 SMALL_HEADS = (Tile(16, 16, 16, 1, 1, 0, ""), Tile(16, 16, 3, 1, 1, 0, ""))
-SMALL_ONE_PASS = (OnePassTile(16, 16, 16, 1, 1, 1, 75, 48, ""), OnePassTile(16, 16, 3, 1, 1, 1, 75, 48, ""))
+SMALL_ONE_PASS = OnePassTile(16, 16, 16, 1, 1, 1, 75, 48, "")
 SMALL_LOSS = (Tile(ANY, 64, 1, 1, 1, 0, ""), Tile(ANY, 24, 1, 1, 1, 0, ""))
 
 
-def small(title: str) -> tuple[tuple[Any, Any], list[Any]]:
-    """A tile that is right and one that cannot run, and the cases to try them at."""
+def small(title: str) -> tuple[tuple[Any, ...], list[Any]]:
+    """A tile that is right and, where that takes no time, one that cannot run; and the cases to try them at."""
     if title.startswith("ATTENTION"):
-        return SMALL_ONE_PASS if title.endswith("PASS") else SMALL_HEADS, [swept.Heads(16, 0.1)]
+        tiles = (SMALL_ONE_PASS,) if title.endswith("PASS") else SMALL_HEADS[: 1 + title.endswith("FORWARD")]
+        return tiles, [swept.Heads(16, 0.1)]
     if title == "CROSS_ENTROPY":
         return SMALL_LOSS, [140]
     return SMALL_MATMULS if title.startswith("MLP") else SMALL, [4, 8]
@@ -104,14 +105,14 @@ def test_a_sweep_in_the_interpreter(title: str, capsys: pytest.CaptureFixture[st
     assert results[0].ratio == 1.0
     assert list(results[1].milliseconds) == cases
     assert before == sweep.table
-    assert "cannot run" in capsys.readouterr().out
+    assert ("cannot run" in capsys.readouterr().out) == (len(tiles) > 1)
 
 
 @INTERPRETED
 @pytest.mark.usefixtures("small_examples")
 @pytest.mark.parametrize("title", [title for title in swept.TABLES if title.startswith("ATTENTION")])
 def test_attention_is_timed_by_the_rows_that_are_swept(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tile, _), cases = small(title)
+    (tile, *_), cases = small(title)
     seen: list[tuple[str, int]] = []
 
     def run(kernel: Any, programs: int, tile: Any, *arguments: Any, **constants: Any) -> None:
@@ -125,7 +126,7 @@ def test_attention_is_timed_by_the_rows_that_are_swept(title: str, monkeypatch: 
         work = sweep.make_work(4, cases[0], torch.float32, CPU)
         seen.clear()
         with (
-            swept.in_table(ATTENTION_ONE_PASS, "interpreter", SMALL_ONE_PASS[0]),
+            swept.in_table(ATTENTION_ONE_PASS, "interpreter", SMALL_ONE_PASS),
             swept.in_table(sweep.table, "interpreter", tile),
         ):
             work(0)
@@ -182,6 +183,27 @@ def test_a_wrong_tile_is_no_result(
         results = list(tile_sweep._sweep(sweep, 8, [5], torch.float32, CPU, 4, 1, float("inf")))
     assert len(results) == 1
     assert "is WRONG" in capsys.readouterr().out
+
+
+@INTERPRETED
+@pytest.mark.usefixtures("small_examples")
+def test_both_directions_of_attention_are_timed_by_pointer(monkeypatch: pytest.MonkeyPatch) -> None:
+    described: list[bool] = []
+
+    def sources(*tensors_and_rows: Any) -> list[Any]:
+        found = original(*tensors_and_rows)
+        described.append(not isinstance(found[0], torch.Tensor))
+        return found
+
+    original = attention._sources
+    monkeypatch.setattr(attention, "_sources", sources)
+    monkeypatch.setitem(DESCRIPTORS, "interpreter", "interpreter")
+    monkeypatch.setattr(tile_sweep, "HEADS_OF_64", [swept.Heads(16, 0.0)])
+    with use_backend("triton"):
+        lines = list(tile_sweep._by_pointer(CPU, torch.float32, 4, 1))
+    assert [line.split(" by pointer: ")[0] for line in lines] == ["forward, 16,", "backward, 16,"]
+    assert described[:6] == [True, False] * 3, "forward: warmed up twice, timed once, in turns"
+    assert DESCRIPTORS["interpreter"] == "interpreter"
 
 
 def test_a_table_takes_half_of_the_time_that_is_left_and_its_winner_is_printed(
