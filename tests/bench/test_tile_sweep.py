@@ -145,16 +145,21 @@ def test_tables_come_by_what_a_step_gains_and_first_at_the_small_models_width() 
     assert titles == ["CROSS_ENTROPY", "LAYER_NORM_FORWARD", "LAYER_NORM_BACKWARD"]
 
 
-@pytest.mark.parametrize("width", [64, 128])
-def test_the_pass_over_keys_never_reads_more_queries_than_the_one_before_it_writes(width: int) -> None:
-    for title, other in (("ATTENTION_KEY", ATTENTION_QUERY), ("ATTENTION_QUERY", ATTENTION_KEY)):
-        rows = attention_tile(other, "sm_90", width).rows
-        found = list(swept.TABLES[title].candidates(width, "sm_90"))
-        assert len(found) > 1
-        for tile in found:
-            query, key = (rows, tile.rows) if title == "ATTENTION_KEY" else (tile.rows, rows)
-            assert query % key == 0
-        assert list(swept.TABLES[title].candidates(width, "sm_80")) == []
+@pytest.mark.parametrize(
+    ("title", "other", "rows", "left"),
+    [
+        ("ATTENTION_KEY", ATTENTION_QUERY, 128, {64}),
+        ("ATTENTION_KEY", ATTENTION_QUERY, 32, set()),
+        ("ATTENTION_QUERY", ATTENTION_KEY, 64, {64, 128}),
+        ("ATTENTION_QUERY", ATTENTION_KEY, 128, {128}),
+    ],
+)
+def test_the_pass_over_keys_never_reads_more_queries_than_the_one_before_it_writes(
+    title: str, other: dict[str, Any], rows: int, left: set[int]
+) -> None:
+    with swept.in_table(other, "sm_90", Tile(ANY, 64, rows, 8, 2, 0, "")):
+        assert {tile.rows for tile in swept.TABLES[title].candidates(64, "sm_90")} == left
+    assert list(swept.TABLES[title].candidates(64, "sm_80")) == []
 
 
 def test_attention_by_pointer_takes_the_rows_for_that_and_puts_the_tables_back() -> None:
