@@ -33,7 +33,7 @@ from ..kernels import (
     linear_cross_entropy,
     use_backend,
 )
-from ..kernels.backend import TRITON_OPERATORS
+from ..kernels.backend import OPERATORS
 from ..kernels.selfcheck import Example, parity
 from . import ops, record, suite, tile_sweep
 from .parts import Options, Part, Row, part_main, run_parts
@@ -138,14 +138,14 @@ def compile_kernels(_: Options) -> Iterator[Row]:
         return {"operator": operator, "dtype": name, "seconds": round(time.monotonic() - began, 1)}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(run, *zip(*itertools.product(sorted(TRITON_OPERATORS), DTYPES), strict=True))
+        yield from pool.map(run, *zip(*itertools.product(OPERATORS, DTYPES), strict=True))
 
 
 def check_parity(options: Options) -> Iterator[Row]:
     device = require_gpu()
     rows = options.get("rows") or full_rows(device)
     dtypes = [getattr(torch, name) for name in options.get("dtypes", ())] or DTYPES
-    for operator in options.get("operators") or sorted(TRITON_OPERATORS):
+    for operator in options.get("operators") or OPERATORS:
         for name, example in full_size(operator, rows).items():
             for dtype in dtypes:
                 what = {"operator": operator, "shape": name, "dtype": str(dtype)[6:]}

@@ -6,7 +6,7 @@ PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives each tensor an allocation of its own, so 
 import torch
 
 from ..kernels import use_backend
-from ..kernels.backend import TRITON_OPERATORS
+from ..kernels.backend import OPERATORS
 from ..kernels.layer_norm import add_layer_norm
 from ..kernels.selfcheck import EXAMPLES
 from .timing import require_gpu
@@ -22,7 +22,7 @@ def main() -> None:
 
     with use_backend("triton"):
         for dtype in (torch.bfloat16, torch.float32):
-            for operator in sorted(TRITON_OPERATORS):
+            for operator in OPERATORS:
                 shapes, call = EXAMPLES[operator]
                 inputs = {name: tensor(shape, dtype) for name, shape in shapes.items()}
                 extra = {
@@ -37,7 +37,7 @@ def main() -> None:
             outputs = add_layer_norm(x, residual, weight, bias, 1e-5, 0.1, seed, 2, x_bias)
             _backward(outputs, [x, residual, *parameters])
     torch.cuda.synchronize()
-    print(f"ran {len(TRITON_OPERATORS)} operators")
+    print(f"ran {len(OPERATORS)} operators")
 
 
 def _backward(outputs: torch.Tensor | tuple[torch.Tensor, ...], inputs: list[torch.Tensor]) -> None:

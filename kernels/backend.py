@@ -31,19 +31,6 @@ OPERATORS = (
     "linear_cross_entropy",
     "dropout",
 )
-# an operator joins with its kernel
-TRITON_OPERATORS = frozenset(
-    {
-        "embed",
-        "layer_norm",
-        "add_layer_norm",
-        "linear",
-        "attention",
-        "gelu_mlp",
-        "linear_cross_entropy",
-        "dropout",
-    }
-)
 MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU: bfloat16 arithmetic and asynchronous copies
 
 # A plain global: Dynamo cannot trace a ContextVar, and autograd's own threads, which recompute checkpointed blocks,
@@ -96,7 +83,7 @@ def choose(operator: str, x: Tensor, *others: Tensor | None, obstacle: str | Non
     wanted = requested()
     if wanted == "torch":
         return Choice("torch", "it was asked for")
-    obstacle = _obstacle(operator, wanted, x, others) or obstacle
+    obstacle = _obstacle(wanted, x, others) or obstacle
     if obstacle is None:
         return Choice(
             "triton", "it was asked for" if wanted == "triton" else f"{x.device.type} tensors have a kernel"
@@ -106,10 +93,8 @@ def choose(operator: str, x: Tensor, *others: Tensor | None, obstacle: str | Non
     return Choice("torch", obstacle)
 
 
-def _obstacle(operator: str, wanted: str, x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
-    """What keeps the Triton kernel of an operator from running on these tensors, or None."""
-    if operator not in TRITON_OPERATORS:
-        return f"this version has no Triton kernel for {operator}"
+def _obstacle(wanted: str, x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
+    """What keeps a Triton kernel from running on these tensors, or None."""
     if _triton.MISSING is not None:
         return f"Triton cannot be imported ({_triton.MISSING})"
     if _triton.INTERPRETED:

@@ -12,7 +12,7 @@ import torch
 
 from fusedgpt.bench import gpu, parts, step
 from fusedgpt.bench.sizes import workload
-from fusedgpt.kernels.backend import TRITON_OPERATORS
+from fusedgpt.kernels.backend import OPERATORS
 from fusedgpt.kernels.selfcheck import EXAMPLES, parity
 
 FINE = [{"operator": "dropout", "ok": True}]
@@ -40,7 +40,7 @@ sys.exit(main(["gpu"]))
     assert done.stderr.startswith("error: this needs a GPU: ")
 
 
-@pytest.mark.parametrize("operator", sorted(TRITON_OPERATORS))
+@pytest.mark.parametrize("operator", OPERATORS)
 def test_every_operator_has_a_full_size(operator: str) -> None:
     for example in gpu.full_size(operator, 3).values():
         error, allowed = parity(example, torch.device("cpu"), torch.float32)
@@ -147,7 +147,7 @@ def test_the_compiling_processes_check_every_operator_in_every_dtype(monkeypatch
     commands: list[list[str]] = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command))
     rows = list(gpu.compile_kernels({}))
-    assert len(rows) == len(commands) == len(TRITON_OPERATORS) * len(gpu.DTYPES)
+    assert len(rows) == len(commands) == len(OPERATORS) * len(gpu.DTYPES)
     monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
     asked = [json.loads(command[-1]) for command in commands]
     (wanted,) = [o for o in asked if o["operators"] == ["dropout"] and o["dtypes"] == ["float32"]]
