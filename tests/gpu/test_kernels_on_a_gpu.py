@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusedgpt.bench.gpu import DTYPES, full_size
-from fusedgpt.bench.tile_sweep import TABLES, _mlp_example, in_table
+from fusedgpt.bench.swept import TABLES, in_table
 from fusedgpt.bench.timing import full_rows
 from fusedgpt.kernels import (
     add_layer_norm,
@@ -218,7 +218,7 @@ def test_every_form_of_the_feed_forward_sub_layer(
     for tile in TABLES[title].candidates(1024, architecture):
         ran.clear()
         with in_table(TABLES[title].table, architecture, tile):
-            error, allowed = parity(_mlp_example(840), GPU, dtype)
+            error, allowed = parity(TABLES[title].example(840), GPU, dtype)
         assert error <= allowed, tile
         assert bool(ran) == (tile != LIBRARY)
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fusedgpt.bench.tile_sweep import in_table
+from fusedgpt.bench.swept import in_table
 from fusedgpt.kernels import _triton, gelu_mlp, mlp, use_backend
 from fusedgpt.kernels.tiles import (
     ANY,
