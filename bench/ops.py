@@ -106,15 +106,7 @@ def run_ops(
     facts = [f"{name} {value}" for name, value in about["versions"].items()]
     print(" · ".join([*facts, about["commit"] or "outside a clone"]))
     before, most = record.clocks(device), ceilings(device)
-    print(f"copy {most.copy / 1e9:,.0f} GB/s, read and written; matmul {most.matmul / 1e12:,.2f} TFLOP/s")
-    heads = ("", "forward ms", "backward", "both", "to ours", "of limit", "peak GiB", "error")
-    print(COLUMNS.format(*heads))
-    rows: list[Row] = []
-    for _, group in groupby(
-        measure(device, most, names, rounds, sizes=sizes), lambda row: (row.name, row.sizes)
-    ):
-        rows += (found := list(group))
-        print("\n".join(block(found)), flush=True)
+    timed = list(printed(measure(device, most, names, rounds, sizes=sizes), most))
     after = record.clocks(device)
     if before and after:
         print(f"\nbefore: {before}\nafter:  {after}")
@@ -123,13 +115,23 @@ def run_ops(
         **about,
         "ceilings": most._asdict(),
         "clocks": [before, after],
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(row) for row in timed],
     }
     if out:
         record.write(out, kept)
     if folder := pictures or (out and out.parent):
         draw(kept, folder)
-    return rows
+    return timed
+
+
+def printed(rows: Iterator[Row], most: Ceilings) -> Iterator[Row]:
+    """The rows, each work's as a block of the table when they have come."""
+    print(f"copy {most.copy / 1e9:,.0f} GB/s, read and written; matmul {most.matmul / 1e12:,.2f} TFLOP/s")
+    print(COLUMNS.format("", "forward ms", "backward", "both", "to ours", "of limit", "peak GiB", "error"))
+    for _, group in groupby(rows, lambda row: (row.name, row.sizes)):
+        found = list(group)
+        print("\n".join(block(found)), flush=True)
+        yield from found
 
 
 def draw(found: dict, folder: Path) -> None:

@@ -182,7 +182,7 @@ def _ops(options: Options) -> Iterator[Row]:
     device = workload(**{key: options[key] for key in ("size", "device_name")}).device
     most = ops.ceilings(device)
     yield {"ceilings": most._asdict()}
-    for row in ops.measure(device, most, seconds=0.7 * options["seconds"]):
+    for row in ops.printed(ops.measure(device, most, seconds=0.7 * options["seconds"]), most):
         yield asdict(row)
 
 
