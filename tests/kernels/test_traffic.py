@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +39,9 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         original = getattr(InterpreterBuilder, name)
 
         def watched(self, pointers, *rest, **options):
-            weights.append(int(rest[mask_at].data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+            weights.append(
+                int(np.asarray(rest[mask_at].data).sum()) * pointers.get_element_ty().primitive_bitwidth // 8
+            )
             return original(self, pointers, *rest, **options)
 
         patch.setattr(InterpreterBuilder, name, watched)
