@@ -120,7 +120,7 @@ def run_ops(
     if out:
         record.write(out, kept)
     if folder := pictures or (out and out.parent):
-        draw(kept, folder)
+        record.draw(kept, folder)
     return timed
 
 
@@ -132,19 +132,6 @@ def printed(rows: Iterator[Row], most: Ceilings) -> Iterator[Row]:
         found = list(group)
         print("\n".join(block(found)), flush=True)
         yield from found
-
-
-def draw(found: dict, folder: Path) -> None:
-    """The pictures of a record, in a folder: those for which it has rows."""
-    try:
-        from .pictures import attention_picture, operators_picture
-    except ImportError as error:
-        print(f"no pictures: {error}")
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    for picture, name in ((operators_picture, "operators.png"), (attention_picture, "attention.png")):
-        if picture(found, folder / name):
-            print(folder / name)
 
 
 COLUMNS = "{:<36}{:>11}{:>11}{:>11}{:>8}{:>9}{:>9}{:>9}"

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .compare import load
-from .record import ROOT
-from .suite import draw
+from .record import ROOT, draw
 
 BEGIN = "<!-- bench: `python -m fusedgpt.bench readme` writes what follows; never edit it by hand -->\n"
 END = "<!-- /bench -->\n"

@@ -76,3 +76,27 @@ def _printed(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def draw(found: dict[str, Any], folder: Path, prefix: str = "") -> list[Path]:
+    """The pictures of a record, in a folder: those that it has rows for. prefix: of the files' names."""
+    try:
+        from .pictures import attention_picture, operators_picture
+        from .step_pictures import breakdown_picture, step_picture
+    except ImportError as error:  # matplotlib: `make gpu` runs on what a machine has
+        print(f"no pictures: {error}")
+        return []
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    for benchmark, picture, name in (
+        ("ops", operators_picture, "operators"),
+        ("ops", attention_picture, "attention"),
+        ("step", step_picture, "step"),
+        ("breakdown", breakdown_picture, "breakdown"),
+    ):
+        rows = [row for row in found["rows"] if row["benchmark"] == benchmark and "side" in row]
+        path = folder / f"{prefix}{name}.png"
+        if rows and picture(found | {"rows": rows}, path):
+            print(path)
+            drawn.append(path)
+    return drawn

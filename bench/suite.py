@@ -69,7 +69,7 @@ def run_measurement(
         record.write(out, found)
         print(out)
     if folder := pictures or (out and out.parent):
-        draw(found, folder)
+        record.draw(found, folder)
     return rows
 
 
@@ -96,30 +96,6 @@ def table(name: str, rows: list[Row]) -> Iterator[str]:
         yield measurement.line(measurement.row(**{k: v for k, v in row.items() if k != "benchmark"}))
 
 
-def draw(found: Row, folder: Path, prefix: str = "") -> list[Path]:
-    """The pictures of a record, in a folder: those that it has rows for. prefix: of the files' names."""
-    try:
-        from .pictures import attention_picture, operators_picture
-        from .step_pictures import breakdown_picture, step_picture
-    except ImportError as error:  # matplotlib: `make gpu` runs on what a machine has
-        print(f"no pictures: {error}")
-        return []
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = []
-    for benchmark, picture, name in (
-        ("ops", operators_picture, "operators"),
-        ("ops", attention_picture, "attention"),
-        ("step", step_picture, "step"),
-        ("breakdown", breakdown_picture, "breakdown"),
-    ):
-        rows = [row for row in found["rows"] if row["benchmark"] == benchmark and "side" in row]
-        path = folder / f"{prefix}{name}.png"
-        if rows and picture(found | {"rows": rows}, path):
-            print(path)
-            drawn.append(path)
-    return drawn
-
-
 # ---- everything, part by part
 
 
@@ -141,7 +117,7 @@ def run_all(work: Workload, out: Path | None = None, pictures: Path | None = Non
     found["clocks"].append(record.clocks(work.device))
     record.write(out, found)
     print(f"\n{out}")
-    draw(found, pictures or out.parent)
+    record.draw(found, pictures or out.parent)
     return found
 
 

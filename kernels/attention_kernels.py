@@ -17,7 +17,6 @@ from .attention_parts import (
     _add,
     _first_keys,
     _head,
-    _key,
     _key_range,
     _load,
     _load_stats,
@@ -27,7 +26,7 @@ from .attention_parts import (
     _store_stats,
     _visible,
 )
-from .dropout import keep_scores
+from .dropout import dropout_key, keep_scores
 from .tiles import (
     ATTENTION_DECODE,
     ATTENTION_FORWARD,
@@ -87,7 +86,7 @@ def forward_kernel(
     row = begin + tl.arange(0, ROWS)
     first = _first_keys(first_key, row, batch, q_len, k_len)
     low, whole, high = _key_range(begin, first, q_len, k_len, CAUSAL, ROWS, BLOCK)
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     q = _head(q, batch, number, q_b, q_h)
     k = _head(k, batch, number, k_b, k_h)
     v = _head(v, batch, number, v_b, v_h)
@@ -182,7 +181,7 @@ def query_kernel(
     row = begin + tl.arange(0, ROWS)
     first = _first_keys(first_key, row, batch, q_len, k_len)
     low, whole, high = _key_range(begin, first, q_len, k_len, CAUSAL, ROWS, BLOCK)
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     q = _head(q, batch, number, q_b, q_h)
     k = _head(k, batch, number, k_b, k_h)
     v = _head(v, batch, number, v_b, v_h)
@@ -335,7 +334,7 @@ def key_kernel(
     """dk and dv, of one layout. Reads the stats of `query_kernel`."""
     head, turn = _place(tl.cdiv(k_len, BLOCK), group)
     batch, number = head // n_head, head % n_head
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     q = _head(q, batch, number, q_b, q_h)
     k = _head(k, batch, number, k_b, k_h)
     v = _head(v, batch, number, v_b, v_h)

@@ -11,7 +11,8 @@ stay in an H200's cache. A program a head: `attention.py` chooses this where hea
 
 from ._triton import tl, triton
 from .attention_kernels import _NOT_SPECIALISED, _key_gradients, case, case_options
-from .attention_parts import _finish_adding, _head, _key, _load, _store, _store_stats
+from .attention_parts import _finish_adding, _head, _load, _store, _store_stats
+from .dropout import dropout_key
 from .tiles import ATTENTION_ONE_PASS, Case
 
 
@@ -97,7 +98,7 @@ def one_pass_kernel(
     """
     head = tl.program_id(0)
     batch, number = head // n_head, head % n_head
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     q = _head(q, batch, number, q_b, q_h)
     k = _head(k, batch, number, k_b, k_h)
     v = _head(v, batch, number, v_b, v_h)

@@ -6,7 +6,6 @@ four dimensions, (B, H, T, D): with fewer, a ragged tile would run into the next
 """
 
 from ._triton import tl, triton
-from .dropout import dropout_key
 
 
 @triton.jit
@@ -164,14 +163,6 @@ def _query_range(
         some = tl.maximum(tiles - low, 0)
         every = low * 0
     return tiles, low, some, every
-
-
-@triton.jit
-def _key(seed, stream):
-    key = None
-    if seed is not None:
-        key = dropout_key(seed, stream)
-    return key
 
 
 @triton.jit

@@ -98,10 +98,13 @@ def _mix(x: Tensor) -> Tensor:
 
 @triton.jit
 def dropout_key(seed, stream):
-    """What every word of one stream starts from. seed: pointer to int64; stream: 32 bits as int32."""
-    value = tl.load(seed)
-    key = _mix32(stream.to(tl.uint32, bitcast=True) + 0x9E3779B9)
-    return _mix32(_mix32(key ^ (value >> 32).to(tl.uint32)) ^ value.to(tl.uint32))
+    """What every word of one stream starts from. seed: pointer to int64, or None: so is the key; stream: 32 bits as int32."""
+    key = None
+    if seed is not None:
+        value = tl.load(seed)
+        key = _mix32(stream.to(tl.uint32, bitcast=True) + 0x9E3779B9)
+        key = _mix32(_mix32(key ^ (value >> 32).to(tl.uint32)) ^ value.to(tl.uint32))
+    return key
 
 
 @triton.jit

@@ -12,14 +12,6 @@ from .dropout import column_keys, dropout_key, keep_elements, row_keys
 from .tiles import EMBED, ROW_SUMS, Case, Tile, select
 
 
-@triton.jit
-def _key(seed, stream):
-    key = None
-    if seed is not None:
-        key = dropout_key(seed, stream)
-    return key
-
-
 @triton.jit(do_not_specialize=["stream", "threshold", "rows", "length", "vocabulary"])
 def embed_kernel(
     ids,
@@ -49,7 +41,7 @@ def embed_kernel(
     x = tl.load(wte + token[:, None] * C + column[None, :], mask=here & known[:, None], other=float("nan"))
     position = tl.load(wpe + (row % length)[:, None] * C + column[None, :], mask=here, other=0.0)
     x = x.to(tl.float32) + position.to(tl.float32)
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     if key is not None:
         keep = keep_elements(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :], threshold)
         x = tl.where(keep, x * scale, 0.0)
@@ -89,7 +81,7 @@ def chunk_sums_kernel(
     end = begin + chunk
     if tl.load(keys + begin) == tl.load(keys + end - 1):
         column = tl.program_id(0) % across * BLOCK + tl.arange(0, BLOCK)
-        key = _key(seed, stream)
+        key = dropout_key(seed, stream)
         total = tl.full((BLOCK,), 0.0, tl.float32)
         for start in tl.range(begin, end, ROWS):
             total += _gathered(dx, order, start + tl.arange(0, ROWS), end, column, C, key, threshold)
@@ -120,7 +112,7 @@ def row_sums_kernel(
     end = tl.load(offsets + target + 1)
     total = tl.full((BLOCK,), 0.0, tl.float32)
     if begin < end:  # most of a vocabulary is absent from a batch
-        key = _key(seed, stream)
+        key = dropout_key(seed, stream)
         first = (begin + chunk - 1) // chunk  # the whole chunks are first to last - 1
         last = end // chunk
         before = tl.minimum(first * chunk, end)

@@ -36,14 +36,6 @@ def _parameter(pointer, column, inside):
     return values
 
 
-@triton.jit
-def _key(seed, stream):
-    key = None
-    if seed is not None:
-        key = dropout_key(seed, stream)
-    return key
-
-
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
 def forward_kernel(
     x,
@@ -71,7 +63,7 @@ def forward_kernel(
     w = _parameter(weight, column, inside)
     b = _parameter(bias, column, inside)
     xb = _parameter(x_bias, column, inside)
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
         row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         at = row[:, None] * C + column[None, :]
@@ -112,7 +104,7 @@ def wide_forward_kernel(
 ):
     """Rows in blocks: the statistics of the blocks are merged (Chan, Golub and LeVeque, 1983), then h is read again."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     mean = tl.zeros((ROWS,), tl.float32)
     squares = tl.zeros((ROWS,), tl.float32)
     for start in range(0, C, BLOCK):
@@ -192,7 +184,7 @@ def backward_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < C
     w = _parameter(weight, column, inside)
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     dweight = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
     dx_bias = tl.zeros((BLOCK,), tl.float32)
@@ -247,7 +239,7 @@ def wide_backward_kernel(
 ):
     """Rows in blocks: one pass for the two means, one for the gradients."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    key = _key(seed, stream)
+    key = dropout_key(seed, stream)
     mean = tl.load(stats + row, mask=row < rows, other=0.0)[:, None]
     rstd = tl.load(stats + rows + row, mask=row < rows, other=0.0)[:, None]
     level = tl.zeros((ROWS,), tl.float32)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, reference
+from . import checks, matmul, reference
 from .backend import autocast, choose, register
 from .column_sum import column_sum
-from .matmul import product
+from .matmul import weight_gradient
 
 
 def _launch_backward(
@@ -31,10 +31,8 @@ def _launch_backward(
     rows = _matrix(dy).contiguous()
     if cast is not None:
         dx = (rows @ cast).view(*dy.shape[:-1], cast.shape[1])
-    if x is not None and by_column:
-        dweight = product(_matrix(x).T, rows, weight_dtype).T
-    elif x is not None:
-        dweight = product(rows.T, _matrix(x), weight_dtype)
+    if x is not None:
+        dweight = weight_gradient(rows, _matrix(x), weight_dtype, by_column)
     if dbias:
         sums = column_sum(rows)
     return dx, dweight, sums
@@ -66,8 +64,7 @@ _backward = register(
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, cast, bias = inputs
     ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
-    # a weight stored (in, out), as transformers' GPT-2 has it, wants a gradient in that layout, or autograd copies it
-    ctx.by_column = weight.stride(0) == 1 < weight.stride(1)
+    ctx.by_column = matmul.by_column(weight)
     wants_x, wants_weight, *_ = ctx.needs_input_grad
     ctx.save_for_backward(x if wants_weight else None, cast if wants_x else None)
 

@@ -17,6 +17,16 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mm(a, b, out_dtype=dtype) if _stores_float32(a) else a.float() @ b.float()
 
 
+def by_column(weight: Tensor) -> bool:
+    """Whether it is the transpose of what lies in memory: transformers' GPT-2 stores (in, out)."""
+    return weight.stride(0) == 1 < weight.stride(1)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, by_column: bool) -> Tensor:
+    """dyᵀ x of dy (M, out) and x (M, in), as (out, in) in `dtype`, in the weight's order: autograd would copy another."""
+    return product(x.T, dy, dtype).T if by_column else product(dy.T, x, dtype)
+
+
 def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
     """total += a (M, K) @ b (K, N) in place; total (M, N) is float32, a and b of one dtype and any strides.
 

@@ -30,7 +30,7 @@ from . import checks, reference
 from ._triton import TensorDescriptor, on_device_of, triton
 from .backend import autocast, choose, register, without_autocast
 from .column_sum import column_sum
-from .matmul import product
+from .matmul import by_column, weight_gradient
 from .mlp_kernels import gelu_backward_kernel, gelu_kernel
 from .mlp_matmul_kernels import constants, down_gradient_kernel, up_kernel
 from .tiles import (
@@ -226,24 +226,12 @@ def _launch_backward(
         if want_x:
             dx = (dpre @ up).view(shape)
         if want_w_fc:
-            dw_fc = _weight_gradient(dpre, x, w_fc)
+            dw_fc = weight_gradient(dpre, x, w_fc.dtype, by_column(w_fc))
     else:
         _launch_pass(gelu_kernel, GELU_FORWARD, before, bias, (a,), exact)
     if a is not None:
-        dw_proj = _weight_gradient(dy, a, w_proj)
+        dw_proj = weight_gradient(dy, a, w_proj.dtype, by_column(w_proj))
     return dx, dw_fc, db_fc, dw_proj, db_proj
-
-
-def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """dyᵀ x in the weight's dtype and, as autograd would copy it otherwise, in the weight's order."""
-    if _by_column(weight):
-        return product(x.T, dy, weight.dtype).T
-    return product(dy.T, x, weight.dtype)
-
-
-def _by_column(weight: Tensor) -> bool:
-    """Whether it is the transpose of what lies in memory, as transformers' GPT-2 has its weights."""
-    return weight.stride(0) == 1 < weight.stride(1)
 
 
 def _fake_backward(
@@ -258,7 +246,7 @@ def _fake_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     def weight(w: Tensor) -> Tensor:
-        return w.new_empty(w.shape[::-1]).T if _by_column(w) else w.new_empty(w.shape)
+        return w.new_empty(w.shape[::-1]).T if by_column(w) else w.new_empty(w.shape)
 
     db_fc, db_proj = (x if b is None else b.new_empty(b.shape) for b in (b_fc, b_proj))
     gradients = (x.new_empty(x.shape), weight(w_fc), db_fc, weight(w_proj), db_proj)

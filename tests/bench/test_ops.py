@@ -15,6 +15,7 @@ from fusedgpt.bench import ops, packages
 from fusedgpt.bench.__main__ import main
 from fusedgpt.bench.operators import NAMES, P, Side, Sizes, Work, works
 from fusedgpt.bench.ops import BOTH, Ceilings
+from fusedgpt.bench.record import draw
 from fusedgpt.bench.setup import BACKWARD, FORWARD, Setup
 
 CPU = torch.device("cpu")
@@ -100,7 +101,7 @@ def test_a_run_from_the_command_to_the_files(
     assert "SDPA math" in printed
     pictures = [(tmp_path / name).read_bytes() for name in ("operators.png", "attention.png")]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures)
-    ops.draw({**kept, "rows": kept["rows"][:9]}, tmp_path / "fewer")
+    draw({**kept, "rows": kept["rows"][:9]}, tmp_path / "fewer")
     assert (tmp_path / "fewer" / "operators.png").read_bytes() != pictures[0]
     assert not (tmp_path / "fewer" / "attention.png").exists(), "one T makes no curve"
 

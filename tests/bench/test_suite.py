@@ -170,7 +170,7 @@ def test_the_parts_of_all_and_its_record(tmp_path: Path, monkeypatch: pytest.Mon
         return [], {"seconds": 1.0}
 
     monkeypatch.setattr(parts, "run_part", run_part)
-    monkeypatch.setattr(suite, "draw", lambda found, folder: None)
+    monkeypatch.setattr(suite.record, "draw", lambda found, folder: None)
     assert main(["all", "--device", "cpu", "--out", str(tmp_path / "cpu.json")]) == 0
     assert {name for name, _ in ran} == {"ops", *suite.MEASUREMENTS}
     assert suite.ALL_SECONDS < 175

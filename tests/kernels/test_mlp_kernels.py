@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from fusedgpt.bench.swept import in_table
-from fusedgpt.kernels import _triton, gelu_mlp, mlp, use_backend
+from fusedgpt.kernels import _triton, gelu_mlp, matmul, mlp, use_backend
 from fusedgpt.kernels.tiles import (
     ANY,
     GELU_BACKWARD,
@@ -181,8 +181,8 @@ def test_only_wanted_gradients(name: str, trained: tuple[int, ...], monkeypatch:
     tensors = [t.detach() for t in inputs(torch.float32, torch.float32, 20, 24, 40)]
     wanted = [tensors[i].requires_grad_() for i in trained]
     products = []
-    original = mlp.product
-    monkeypatch.setattr(mlp, "product", lambda *a: products.append(1) or original(*a))
+    original = matmul.product
+    monkeypatch.setattr(matmul, "product", lambda *a: products.append(1) or original(*a))
     with form(name) as ran:
         ours = torch.autograd.grad(gelu_mlp(*tensors).square().sum(), wanted)
     expected = torch.autograd.grad(plain(*tensors).square().sum(), wanted)
