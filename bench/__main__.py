@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(command: str, options: dict[str, Any]) -> int:
     # imported here, so that the help is there at once and a benchmark needs no more than its own libraries
     if command == "ops":
-        from .ops import run_ops
+        from .ops.run import run_ops
 
         run_ops(**options)
     elif command == "compare":
@@ -38,15 +38,15 @@ def _run(command: str, options: dict[str, Any]) -> int:
 
         run_readme(**options)
     elif command == "tiles":
-        from .tile_sweep import run_tiles
+        from .tiles.sweep import run_tiles
 
         run_tiles(**options)
     elif command == "gpu":
-        from .gpu import run_gpu
+        from .gpu.run import run_gpu
 
         return run_gpu(**options)
     else:
-        from .sizes import workload
+        from .step.sizes import workload
         from .suite import run_all, run_measurement
 
         given = {

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-from .setup import BOTH
+from .ops.harness import BOTH
 
 Rows = list[dict[str, Any]]
 

@@ -17,9 +17,11 @@ from unittest.mock import patch
 
 import torch
 
-from . import breakdown, decode, memory, ops, record, startup, step
-from .parts import Options, Part, Row, part_main, run_parts
-from .sizes import Workload, workload
+from . import record
+from .gpu.parts import Options, Part, Row, part_main, run_parts
+from .ops import run as ops
+from .step import breakdown, decode, memory, startup, step
+from .step.sizes import Workload, workload
 
 ALL_SECONDS = 165.0  # on a CPU: all of it within three minutes
 

@@ -13,10 +13,10 @@ import torch
 
 pytest.importorskip("pytest_benchmark", reason="pip install 'fusedgpt[bench]'")
 
-from fusedgpt.bench.operators import Side, Work, works
-from fusedgpt.bench.ops import ceilings, judge
-from fusedgpt.bench.setup import BACKWARD, BOTH, FORWARD, Setup
-from fusedgpt.gpt.train.device import pick_device
+from fusedgpt.bench.ops.cases import Side, Work, works
+from fusedgpt.bench.ops.harness import BACKWARD, BOTH, FORWARD, Setup
+from fusedgpt.bench.ops.run import ceilings, judge
+from fusedgpt.gpt.device import pick_device
 
 DEVICE = pick_device("auto")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32

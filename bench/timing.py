@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..gpt.device import find_gpu
 from ..gpt.doctor import driver
-from ..gpt.train.device import find_gpu
 from ..kernels import _triton
 from ..kernels.backend import unusable
 from ..kernels.selfcheck import ptxas_version

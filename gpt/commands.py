@@ -137,9 +137,9 @@ class Generate:
             raise ValueError(
                 f"num_samples = {self.num_samples} is not allowed; it takes a whole number from 1 up"
             )
+        from .device import pick_device, pick_dtype
         from .generate import generate_text
         from .train.checkpoint import load_run
-        from .train.device import pick_device, pick_dtype
 
         device = pick_device(self.device)
         run = load_run(self.run, device)

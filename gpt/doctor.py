@@ -15,7 +15,7 @@ from ..kernels import _triton
 from ..kernels.backend import missing_tools, requested
 from ..kernels.selfcheck import FIXED_PTXAS, Check, check_all, may_miscompile, ptxas_version
 from ..kernels.tiles import hardware
-from .train.device import find_gpu, pick_device
+from .device import find_gpu, pick_device
 
 
 def examine(device_name: str = "auto") -> bool:

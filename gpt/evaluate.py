@@ -19,10 +19,10 @@ from ..data.shards import TokenShards, is_shard_folder, token_shards
 from ..data.tokenizers import Tokenizer
 from ..data.windows import EvalWindows
 from .config import TrainConfig
+from .device import pick_device, pick_dtype
 from .generate import generate
 from .model import GPT
 from .train.checkpoint import load_run
-from .train.device import pick_device, pick_dtype
 
 IGNORED = -100  # a target that does not count
 Batch = tuple[Tensor, Tensor]

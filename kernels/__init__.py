@@ -4,14 +4,14 @@ Every function runs as a Triton kernel where the tensors and the machine allow i
 else; `explain` says which and why, `use_backend` forces one.
 """
 
-from .attention import attention, causal_attention
 from .backend import explain, use_backend
-from .cross_entropy import linear_cross_entropy
-from .dropout import dropout
-from .embedding import embed
-from .layer_norm import add_layer_norm, layer_norm
-from .linear import linear
-from .mlp import gelu_mlp
+from .ops.attention.operator import attention, causal_attention
+from .ops.cross_entropy import linear_cross_entropy
+from .ops.dropout import dropout
+from .ops.embedding import embed
+from .ops.layer_norm.operator import add_layer_norm, layer_norm
+from .ops.linear import linear
+from .ops.mlp.operator import gelu_mlp
 
 __all__ = [
     "add_layer_norm",

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from .backend import without_autocast
-from .dropout import (
+from .dropout_mask import (
     ATTENTION_LEVELS,
     attention_keep_mask,
     attention_threshold,

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from . import _triton
-from .attention import causal_attention
 from .backend import OPERATORS, choose, requested, use_backend
-from .cross_entropy import linear_cross_entropy
-from .dropout import dropout
-from .embedding import embed
-from .layer_norm import add_layer_norm, layer_norm
-from .linear import linear
-from .mlp import gelu_mlp
+from .ops.attention.operator import causal_attention
+from .ops.cross_entropy import linear_cross_entropy
+from .ops.dropout import dropout
+from .ops.embedding import embed
+from .ops.layer_norm.operator import add_layer_norm, layer_norm
+from .ops.linear import linear
+from .ops.mlp.operator import gelu_mlp
 
 FIXED_PTXAS = (13, 3)  # earlier ones can miscompile Hopper matmuls whose first operand is in registers
 

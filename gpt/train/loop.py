@@ -18,6 +18,7 @@ from ...data.shards import stored_tokenizer, token_shards
 from ...data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
 from ...kernels import use_backend
 from ..config import RunConfig, TrainConfig
+from ..device import keep_freed_memory, pick_device, pick_dtype, settled_heap
 from ..evaluate import (
     Batch,
     TalesReport,
@@ -40,7 +41,6 @@ from .checkpoint import (
     save_checkpoint,
     start_run,
 )
-from .device import keep_freed_memory, pick_device, pick_dtype, settled_heap
 from .display import Display, program
 from .memory import explained, largest_micro_batch
 from .metrics import (

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench import gpu, parts, step
-from fusedgpt.bench.sizes import workload
+from fusedgpt.bench.gpu import parts
+from fusedgpt.bench.gpu import run as gpu
+from fusedgpt.bench.step import step
+from fusedgpt.bench.step.sizes import workload
 from fusedgpt.kernels.backend import OPERATORS
 from fusedgpt.kernels.selfcheck import EXAMPLES, parity
 

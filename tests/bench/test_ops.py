@@ -11,12 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fusedgpt.bench import ops, packages
 from fusedgpt.bench.__main__ import main
-from fusedgpt.bench.operators import NAMES, P, Side, Sizes, Work, works
-from fusedgpt.bench.ops import BOTH, Ceilings
+from fusedgpt.bench.ops import peers as packages
+from fusedgpt.bench.ops import run as ops
+from fusedgpt.bench.ops.cases import NAMES, P, Side, Sizes, Work, works
+from fusedgpt.bench.ops.harness import BACKWARD, FORWARD, Setup
+from fusedgpt.bench.ops.run import BOTH, Ceilings
 from fusedgpt.bench.record import draw
-from fusedgpt.bench.setup import BACKWARD, FORWARD, Setup
 
 CPU = torch.device("cpu")
 TINY = Sizes(tokens=96, rows=40, length=48, lengths=(32, 96), widths=(128,), vocab=67)
@@ -80,7 +81,7 @@ def test_the_limit_is_that_of_the_formulas() -> None:
 def test_a_run_from_the_command_to_the_files(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fusedgpt.bench.operators.preset", lambda device: TINY)
+    monkeypatch.setattr("fusedgpt.bench.ops.cases.preset", lambda device: TINY)
     out = tmp_path / "ops.json"
     argv = ["ops", "attention", "linear_cross_entropy", "--device", "cpu", "--rounds", "2", "--out", str(out)]
     assert main(argv) == 0

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench import breakdown, peers, step
-from fusedgpt.bench.peers import Side, builders, fusedgpt, transformers_gpt2
-from fusedgpt.bench.sizes import SIZES, Workload, workload
+from fusedgpt.bench.step import breakdown, step
+from fusedgpt.bench.step import implementations as peers
+from fusedgpt.bench.step.implementations import Side, builders, fusedgpt, transformers_gpt2
+from fusedgpt.bench.step.sizes import SIZES, Workload, workload
 from fusedgpt.gpt import model as gpt_model
 from fusedgpt.gpt.config import ModelConfig
 

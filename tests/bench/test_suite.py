@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench import decode, memory, parts, startup, suite
+from fusedgpt.bench import suite
 from fusedgpt.bench.__main__ import main
-from fusedgpt.bench.memory import allocations
-from fusedgpt.bench.sizes import Workload
+from fusedgpt.bench.gpu import parts
+from fusedgpt.bench.step import decode, memory, startup
+from fusedgpt.bench.step.memory import allocations
+from fusedgpt.bench.step.sizes import Workload
 from fusedgpt.gpt.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -109,7 +111,7 @@ def test_the_same_text_is_timed_and_another_is_not(monkeypatch: pytest.MonkeyPat
 
 PARTS = """
 import sys, time
-from fusedgpt.bench.parts import Part, part_main
+from fusedgpt.bench.gpu.parts import Part, part_main
 def broken(options):
     print("a word")
     yield {"name": "x", "case": "c", "side": "s", "milliseconds": options["size"] + 0.5, "nan": float("nan")}

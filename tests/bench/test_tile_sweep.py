@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fusedgpt.bench import swept, tile_sweep
+from fusedgpt.bench.tiles import candidates as swept
+from fusedgpt.bench.tiles import sweep as tile_sweep
 from fusedgpt.kernels import _triton, use_backend
 from fusedgpt.kernels.tiles import (
     ANY,
@@ -26,7 +27,7 @@ from fusedgpt.kernels.tiles import (
 )
 
 CPU = torch.device("cpu")
-attention: Any = import_module("fusedgpt.kernels.attention")
+attention: Any = import_module("fusedgpt.kernels.ops.attention.operator")
 INTERPRETED = pytest.mark.skipif(not _triton.INTERPRETED, reason="this process compiles its kernels")
 
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fusedgpt.gpt import device as devices
 from fusedgpt.gpt import doctor
 from fusedgpt.gpt.cli import main
-from fusedgpt.gpt.train import device as devices
 from fusedgpt.kernels import _triton, selfcheck
 from fusedgpt.kernels.backend import OPERATORS
 

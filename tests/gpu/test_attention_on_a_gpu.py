@@ -17,7 +17,7 @@ from .test_kernels_on_a_gpu import BF16, GPU, captured, leaf, seed
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that Triton compiles for"
 )
-module: Any = import_module("fusedgpt.kernels.attention")
+module: Any = import_module("fusedgpt.kernels.ops.attention.operator")
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fusedgpt.bench import breakdown, decode, step
-from fusedgpt.bench.memory import allocations
-from fusedgpt.bench.peers import OURS, PLAIN, fusedgpt
-from fusedgpt.bench.sizes import workload
+from fusedgpt.bench.step import breakdown, decode, step
+from fusedgpt.bench.step.implementations import OURS, PLAIN, fusedgpt
+from fusedgpt.bench.step.memory import allocations
+from fusedgpt.bench.step.sizes import workload
 from fusedgpt.kernels._triton import INTERPRETED
 
 pytestmark = pytest.mark.skipif(

@@ -6,8 +6,8 @@
 import pytest
 import torch
 
-from fusedgpt.bench.gpu import DTYPES, full_size
-from fusedgpt.bench.swept import TABLES, in_table
+from fusedgpt.bench.gpu.run import DTYPES, full_size
+from fusedgpt.bench.tiles.candidates import TABLES, in_table
 from fusedgpt.bench.timing import full_rows
 from fusedgpt.kernels import (
     add_layer_norm,
@@ -17,12 +17,12 @@ from fusedgpt.kernels import (
     layer_norm,
     linear,
     matmul,
-    mlp,
     use_backend,
 )
 from fusedgpt.kernels._triton import INTERPRETED
 from fusedgpt.kernels.backend import OPERATORS
-from fusedgpt.kernels.dropout import _words, keep_mask
+from fusedgpt.kernels.dropout_mask import _words, keep_mask
+from fusedgpt.kernels.ops.mlp import operator as mlp
 from fusedgpt.kernels.selfcheck import EXAMPLES, parity
 from fusedgpt.kernels.tiles import LIBRARY, hardware
 

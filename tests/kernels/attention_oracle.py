@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels import attention, use_backend
-from fusedgpt.kernels.dropout import attention_keep_mask
+from fusedgpt.kernels.dropout_mask import attention_keep_mask
 
 from .tolerances import TOLERANCES
 

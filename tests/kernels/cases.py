@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedgpt import kernels
-from fusedgpt.kernels.dropout import attention_keep_mask, keep_mask
+from fusedgpt.kernels.dropout_mask import attention_keep_mask, keep_mask
 
 Tensors = dict[str, Tensor]
 Outputs = Tensor | tuple[Tensor, ...]

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedgpt.kernels import attention, causal_attention, use_backend
-from fusedgpt.kernels.attention import _launch_forward
-from fusedgpt.kernels.dropout import attention_keep_mask
+from fusedgpt.kernels.dropout_mask import attention_keep_mask
+from fusedgpt.kernels.ops.attention.operator import _launch_forward
 
 from .attention_oracle import DEVICE, F16, F32, SEED, assert_no_less_exact, check, draw, outputs, written_out
 

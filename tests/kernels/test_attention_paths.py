@@ -24,7 +24,7 @@ from .attention_oracle import F16, F32, SEED, check, draw, outputs
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the paths and tiles are the interpreter's")
 
-module: Any = import_module("fusedgpt.kernels.attention")
+module: Any = import_module("fusedgpt.kernels.ops.attention.operator")
 PATHS = [(True, False), (False, True), (True, True)]
 NAMES = ["descriptors", "one pass", "one pass, descriptors"]
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from fusedgpt.kernels import cross_entropy, linear_cross_entropy, use_backend
-from fusedgpt.kernels.cross_entropy import chunk_rows
+from fusedgpt.kernels import linear_cross_entropy, use_backend
+from fusedgpt.kernels.ops import cross_entropy
+from fusedgpt.kernels.ops.cross_entropy import chunk_rows
 
 from .tolerances import assert_no_less_exact
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt.kernels import add_layer_norm, attention, causal_attention, dropout, embed
-from fusedgpt.kernels.dropout import attention_keep_mask, keep_mask
+from fusedgpt.kernels.dropout_mask import attention_keep_mask, keep_mask
 
 LIMIT = 5.0  # standard deviations
 LEVELS = 8

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedgpt.kernels.dropout import (
+from fusedgpt.kernels.dropout_mask import (
     attention_keep_mask,
     attention_threshold,
     dropout_key,

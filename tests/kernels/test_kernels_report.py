@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from fusedgpt.bench.kernels_report import ARCHITECTURES, Row, faults, uncovered
+from fusedgpt.bench.gpu.kernels_report import ARCHITECTURES, Row, faults, uncovered
 
 ELSEWHERE = ["sm_80", "sm_100", "gfx942"]
 
@@ -26,7 +26,15 @@ ELSEWHERE = ["sm_80", "sm_100", "gfx942"]
 def test_no_faults(architectures: list[str], word: str, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = tmp_path / "report.json"
-    command = [sys.executable, "-m", "fusedgpt.bench.kernels_report", "--json", str(out), "--kernel", word]
+    command = [
+        sys.executable,
+        "-m",
+        "fusedgpt.bench.gpu.kernels_report",
+        "--json",
+        str(out),
+        "--kernel",
+        word,
+    ]
     command += ["--architecture", *architectures]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -53,7 +61,7 @@ def test_what_counts_as_a_fault() -> None:
 
 def test_refuses_to_run_interpreted() -> None:
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "fusedgpt.bench.kernels_report"]
+    command = [sys.executable, "-m", "fusedgpt.bench.gpu.kernels_report"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET" in done.stderr

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedgpt.kernels import linear, use_backend
-from fusedgpt.kernels.column_sum import column_sum
-from fusedgpt.kernels.linear import _backward
+from fusedgpt.kernels.ops.column_sum import column_sum
+from fusedgpt.kernels.ops.linear import _backward
 
 from .tolerances import assert_no_less_exact, relative_error
 

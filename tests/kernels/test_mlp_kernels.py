@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from fusedgpt.bench.swept import in_table
-from fusedgpt.kernels import _triton, gelu_mlp, matmul, mlp, use_backend
+from fusedgpt.bench.tiles.candidates import in_table
+from fusedgpt.kernels import _triton, gelu_mlp, matmul, use_backend
+from fusedgpt.kernels.ops.mlp import operator as mlp
 from fusedgpt.kernels.tiles import (
     ANY,
     GELU_BACKWARD,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fusedgpt.kernels import add_layer_norm, dropout, layer_norm, use_backend
-from fusedgpt.kernels.dropout import keep_mask, keep_scale
+from fusedgpt.kernels.dropout_mask import keep_mask, keep_scale
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]

@@ -18,7 +18,7 @@ from fusedgpt.kernels import (
     use_backend,
 )
 from fusedgpt.kernels.backend import _triton
-from fusedgpt.kernels.column_sum import column_sum
+from fusedgpt.kernels.ops.column_sum import column_sum
 
 pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="only the interpreter can be watched")
 

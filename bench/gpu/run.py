@@ -1,0 +1,317 @@
+"""`make gpu`: all that only a GPU can show, in one command that ends within eight minutes.
+
+Parity of every kernel at full size, the tests of tests/gpu, everything that `bench all` measures, and with what is left of
+the time compute-sanitizer and the tile sweep. Each part is a process of its own (`parts.py`).
+"""
+
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...kernels import (
+    add_layer_norm,
+    causal_attention,
+    dropout,
+    embed,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+    use_backend,
+)
+from ...kernels.backend import OPERATORS
+from ...kernels.selfcheck import Example, parity
+from .. import record, suite
+from ..ops import run as ops
+from ..step.sizes import workload
+from ..tiles import sweep as tile_sweep
+from ..timing import full_rows, require_gpu
+from .parts import Options, Part, Row, part_main, run_parts
+
+ROOT = Path(__file__).resolve().parents[2]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SECONDS = 465.0  # of all parts together: within eight minutes
+
+
+def full_size(operator: str, rows: int) -> dict[str, Example]:
+    """The operator at the sizes of GPT-2's training, with all that its kernels can do; an operator joins by a line."""
+
+    def norm(columns: int) -> Example:
+        shapes = {"x": (rows, columns), "weight": (columns,), "bias": (columns,)}
+        return shapes, lambda t: layer_norm(t["x"], t["weight"], t["bias"])
+
+    def add(columns: int, p: float) -> Example:
+        big, small = (rows, columns), (columns,)
+        shapes = {"x": big, "residual": big, "weight": small, "bias": small, "x_bias": small}
+        return shapes, lambda t: add_layer_norm(
+            t["x"], t["residual"], t["weight"], t["bias"], 1e-5, p, t["seed"], 2, t["x_bias"]
+        )
+
+    def heads(length: int, width: int, n_head: int, p: float) -> Example:
+        # a batch of 4: the float64 side holds the T x T matrices of all heads
+        shapes: dict[str, tuple[int, ...]] = {"qkv": (4, length, 3 * width)}
+        return shapes, lambda t: causal_attention(t["qkv"], n_head, p, t["seed"], 1)
+
+    def project(columns: int, out: int) -> Example:
+        shapes = {"x": (rows, columns), "weight": (out, columns), "bias": (out,)}
+        return shapes, lambda t: linear(t["x"], t["weight"], t["bias"])
+
+    def tables(columns: int, p: float) -> Example:
+        length, vocabulary = min(rows, 1024), min(16 * rows, 50304)
+
+        def call(t: dict[str, torch.Tensor]) -> torch.Tensor:
+            row = torch.arange(rows, device=t["wte"].device)
+            ids = torch.where(
+                row % 20 == 0, 11, row * 7919 % vocabulary
+            )  # a token that is a twentieth of all
+            return embed(ids.view(-1, length), t["wte"], t["wpe"], p, t["seed"], 1)
+
+        return {"wte": (vocabulary, columns), "wpe": (length, columns)}, call
+
+    def mlp(columns: int, **options: Any) -> Example:
+        hidden = 4 * columns
+        shapes: dict[str, tuple[int, ...]] = {"x": (rows, columns), "w_fc": (hidden, columns)}
+        shapes |= {"b_fc": (hidden,), "w_proj": (columns, hidden), "b_proj": (columns,)}
+        # a power of two, so that it rounds nothing: pre-activations where GELU bends
+        return shapes, lambda t: gelu_mlp(
+            t["x"], t["w_fc"] / 32, t["b_fc"], t["w_proj"] / 32, t["b_proj"], **options
+        )
+
+    def head(n: int, c: int) -> Example:
+        def losses(t: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            ids = (torch.arange(n, device=t["x"].device) + 1) * 40503 % 50257
+            ids = ids.masked_fill(ids % 9 == 0, -100)
+            x = t["x"] / 32  # exact, and makes logits near 1
+            return (
+                linear_cross_entropy(x, t["weight"], ids, 50257),
+                linear_cross_entropy(x, t["weight"], ids, 50257, -100, "none", 0.1, 1e-4),
+            )
+
+        return {"x": (n, c), "weight": (50304, c)}, losses
+
+    some = max(rows // 8, 1)  # the float64 side holds the logits of all rows
+    widths = (768, 1024, 1280, 1600)
+    examples: dict[str, dict[str, Example]] = {
+        "embed": {f"{rows} x {c}, p = {p}": tables(c, p) for c, p in ((768, 0.0), (1600, 0.1))},
+        "layer_norm": {f"{rows} x {c}": norm(c) for c in widths},
+        "add_layer_norm": {f"{rows} x {c}, p = {p}": add(c, p) for c in widths for p in (0.0, 0.1)},
+        "linear": {f"{rows} x {c} to {n}": project(c, n) for c, n in ((768, 2304), (1600, 1600))},
+        "attention": {
+            f"4 x {min(t, rows)} x 3 x {c}, {h} heads, p = {p}": heads(min(t, rows), c, h, p)
+            for t, c, h in ((1024, 768, 12), (777, 1600, 25), (1024, 1024, 8))
+            for p in (0.0, 0.1)
+        },
+        "gelu_mlp": {
+            **{f"{rows} x {c}": mlp(c) for c in widths},
+            f"{rows} x 768, exact, recomputed": mlp(768, approximate="none", recompute=True),
+        },
+        "linear_cross_entropy": {f"{some} x 768 x 50304": head(some, 768)},
+        "dropout": {f"{rows} x 768": ({"x": (rows, 768)}, lambda t: dropout(t["x"], 0.1, t["seed"], 4))},
+    }
+    return examples[operator]
+
+
+# ---- the parts: what each finds, as it finds it
+
+
+def compile_kernels(_: Options) -> Iterator[Row]:
+    """What "parity" launches, into Triton's cache: it checks one thing after another, compilers work side by side."""
+
+    def run(operator: str, dtype: torch.dtype) -> Row:
+        began, name = time.monotonic(), str(dtype)[6:]
+        options = json.dumps({"operators": [operator], "dtypes": [name], "rows": 4096})
+        command = [sys.executable, "-m", "fusedgpt.bench.gpu.run", "parity", os.devnull, options]
+        # one that fails does so again under "parity", which tells
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
+        return {"operator": operator, "dtype": name, "seconds": round(time.monotonic() - began, 1)}
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from pool.map(run, *zip(*itertools.product(OPERATORS, DTYPES), strict=True))
+
+
+def check_parity(options: Options) -> Iterator[Row]:
+    device = require_gpu()
+    rows = options.get("rows") or full_rows(device)
+    dtypes = [getattr(torch, name) for name in options.get("dtypes", ())] or DTYPES
+    for operator in options.get("operators") or OPERATORS:
+        for name, example in full_size(operator, rows).items():
+            for dtype in dtypes:
+                what = {"operator": operator, "shape": name, "dtype": str(dtype)[6:]}
+                try:
+                    with use_backend("triton"):
+                        error, allowed = parity(example, device, dtype)
+                except Exception as failure:  # whatever a launch may throw; the others are still checked
+                    yield {**what, "ok": False, "message": f"{type(failure).__name__}: {failure}"[:400]}
+                    continue
+                yield {**what, "error": error, "allowed": allowed, "ok": error <= allowed}
+
+
+def run_tests(options: Options) -> Iterator[Row]:
+    folder = ROOT / "tests"
+    if not (folder / "gpu").is_dir():
+        yield {"left out": "no tests here: they are in the repository, not in the package"}
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch, "report.xml")
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        # what the part "parity" has checked is not checked again
+        command += [
+            "-k",
+            "not full_size",
+            str(folder / "gpu"),
+            str(folder / "kernels" / "test_integration.py"),
+        ]
+        # a cache of their own: "startup" wants the shared one empty
+        own = os.environ | {"TORCHINDUCTOR_CACHE_DIR": scratch}
+        pipe = subprocess.PIPE
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=own, stdout=pipe, stderr=subprocess.STDOUT, text=True
+        )
+        stopped = False
+        try:
+            said, _ = process.communicate(timeout=0.85 * options["seconds"])
+        except subprocess.TimeoutExpired:
+            stopped = True
+            process.send_signal(signal.SIGINT)  # as at Ctrl-C, pytest still writes its report
+            said, _ = process.communicate()
+        if not report.exists():
+            raise RuntimeError(said.strip()[-400:])
+        for case in ElementTree.parse(report).iter("testcase"):
+            if not case.get("name"):  # the one that was stopped
+                continue
+            record: Row = {"test": case.get("name"), "seconds": float(case.get("time", 0))}
+            if (skipped := case.find("skipped")) is not None:
+                yield {**record, "left out": skipped.get("message", "")}
+                continue
+            failures = [*case.iter("failure"), *case.iter("error")]
+            message = " ".join(failure.get("message", "") for failure in failures)[:400]
+            yield {**record, "ok": not failures, **({"message": message} if failures else {})}
+        if stopped:
+            yield {"left out": f"the tests after these: {0.85 * options['seconds']:.0f} s were over"}
+
+
+def sanitize(_: Options) -> Iterator[Row]:
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        yield {"left out": "compute-sanitizer is not installed"}
+        return
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, sys.executable, "-m", "fusedgpt.bench.gpu.sanitize"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        yield {"check": check, **sanitizer_verdict(done.stdout + done.stderr)}
+
+
+def sanitizer_verdict(text: str) -> Row:
+    """Out of what compute-sanitizer printed: whether all is well, or why it could not watch."""
+    found = re.search(r"(?:ERROR SUMMARY: (\d+) error)|(?:RACECHECK SUMMARY: (\d+) hazard)", text)
+    if found is None or not re.search(r"^ran \d+ operators", text, re.MULTILINE):
+        said = [line.strip("= ") for line in text.splitlines() if line.strip("= ")]
+        unsupported = [line for line in said if "not supported" in line]
+        if unsupported:
+            return {"left out": unsupported[0]}
+        return {"ok": False, "message": " ".join(said[-3:]) or "it printed nothing"}
+    count = int(found[1] or found[2])
+    return {"ok": count == 0, "message": f"{count} found"}
+
+
+def sweep_tiles(options: Options) -> Iterator[Row]:
+    for text in tile_sweep.run_tiles(seconds=0.6 * options["seconds"]):  # a width's last candidate ends later
+        yield {"row": text}
+
+
+# The most important first: what a machine that is slower than thought has no time for are the last.
+PARTS = {
+    "compile": Part(compile_kernels, 50),
+    "parity": Part(check_parity, 60, judges=True),
+    "tests": Part(run_tests, 90, judges=True),
+    **suite.PARTS,
+    "sanitizer": Part(sanitize, 50, judges=True),
+    "tiles": Part(sweep_tiles, 300),
+}
+
+
+# ---- the command
+
+
+def run_gpu(out: Path | None = None) -> int:
+    """Run every part, write `<gpu>-<date>.json` and print a short table; returns 1 where something is wrong, else 0.
+
+    Args:
+        out: the folder to write to; by default that in the variable OUT, or bench/results in the repository.
+
+    Raises:
+        ValueError: there is no GPU that Triton kernels run on.
+    """
+    device = require_gpu()
+    found: Row = {"kind": "gpu", **record.machine(device), "clocks": [record.clocks(device)]}
+    folder = out or Path(os.environ.get("OUT") or ROOT / "bench" / "results")
+    file = folder / suite.record_name(device)
+    options = suite.options_of(workload(device_name=str(device)))
+    with suite.caches():
+        run_parts("fusedgpt.bench.gpu.run", PARTS, options, found, file, SECONDS)
+    found["clocks"].append(record.clocks(device))
+    record.write(file, found)
+    print()
+    print("\n".join(summary(found)))
+    print(f"\n{file}")
+    return 1 if any(wrong(name, found) for name in found["parts"]) else 0
+
+
+def rows_of(name: str, found: Row) -> list[Row]:
+    return [row for row in found["rows"] if row["benchmark"] == name]
+
+
+def wrong(name: str, found: Row) -> bool:
+    """Whether a part found something wrong, or broke. One that only ran out of time did not."""
+    error = found["parts"][name].get("error", "stopped")
+    broke = not error.startswith("stopped")
+    return any(row.get("ok") is False for row in rows_of(name, found)) or (broke and PARTS[name].judges)
+
+
+def summary(found: Row) -> Iterator[str]:
+    """A short table: what each part found, what is wrong, and the times."""
+    yield suite.about(found)
+    for clocks in found["clocks"]:
+        if clocks:
+            yield clocks
+    for name, status in found["parts"].items():
+        rows = rows_of(name, found)
+        judged = [row for row in rows if "ok" in row]
+        text = (
+            f"{sum(row['ok'] for row in judged)} of {len(judged)} right" if judged else f"{len(rows)} figures"
+        )
+        yield f"{name:<12}{status['seconds']:>6.0f} s  {text}  {status.get('error', '')}".rstrip()
+        for row in rows:
+            if row.get("ok") is False:
+                yield "    WRONG " + ", ".join(f"{key} {value}" for key, value in row.items() if key != "ok")
+            elif "left out" in row:
+                yield f"    left out: {row.get('test', row.get('check', ''))} {row['left out']}"
+    yield from ops.summary(rows_of("ops", found))
+    for name in suite.MEASUREMENTS:
+        if rows := rows_of(name, found):
+            yield from ("", *suite.table(name, rows))
+    if rows := rows_of("tiles", found):
+        yield from ("", "tiles, to paste into kernels/tiles.py:", *(row["row"] for row in rows))
+
+
+def main(name: str, file: str, options: str) -> None:
+    part_main(PARTS, name, file, options)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

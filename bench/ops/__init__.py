@@ -1,0 +1,1 @@
+"""Every operator beside its peers: cases, peers, measurement harness, run."""

@@ -1,0 +1,212 @@
+"""Where the time of our training step goes: every part of it by name, forward and backward.
+
+The functions of `kernels` that the model calls are wrapped from outside, for as long as the measurement lasts. A wrapped
+call writes a stamp where it begins and where it ends, and puts a node into autograd's graph behind its outputs and one
+before its inputs, so that the backward pass writes the same two stamps when it comes by. Autograd runs the nodes
+in the reverse order of the forward pass, so the parts do not interleave. The time between two stamps belongs to the part that
+the first one begins; so all shares add up to the whole step, and `other` is what no part claims. Stamps are events on
+a GPU's stream, and the host's clock on a CPU.
+
+A CUDA graph replays kernels without running Python, so here the step runs uncaptured; the host queues it behind a pause, so
+that no launch is waited for. A GPU idles between the kernels of a step no longer than a captured one does, except where
+the host falls behind.
+"""
+
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.autograd import Function, Variable
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from ...gpt import model as gpt_model
+from ...gpt.device import keep_freed_memory
+from .implementations import fusedgpt
+from .sizes import Workload
+
+# what gpt/model.py calls -> the part's name
+PARTS = {
+    "embed": "embedding",
+    "layer_norm": "LayerNorm + residual",
+    "add_layer_norm": "LayerNorm + residual",
+    "causal_attention": "attention",
+    "linear": "linear projections",
+    "gelu_mlp": "MLP",
+    "linear_cross_entropy": "head + cross-entropy",
+}
+CLIP, UPDATE, OTHER = "gradient norm + clip", "update", "other"
+FORWARD, BACKWARD, ONCE = "forward", "backward", ""
+HEAD_START = 200_000_000  # clock cycles, about 100 ms, in which the host queues the step and its stamps
+
+
+@dataclass
+class Row:
+    """One part of the step in one direction."""
+
+    name: str  # the part
+    case: str
+    side: str
+    direction: str  # forward, backward, or empty where there is but one
+    milliseconds: float
+    share: float  # of the step
+
+
+class Stamp(NamedTuple):
+    part: str  # what begins here
+    direction: str
+    at: Any  # seconds, or an event
+
+
+class Timeline:
+    """The stamps of one step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stamps: list[Stamp] = []
+        self.direction = FORWARD
+
+    def start(self) -> None:
+        self.stamps, self.direction = [], FORWARD
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda._sleep(HEAD_START)
+        self.stamp(OTHER)
+
+    def backward_begins(self) -> None:
+        """Called in the backward pass: from now on parts are in it, and what follows it is the gradients' norm."""
+        if self.direction == FORWARD:
+            Variable._execution_engine.queue_callback(lambda: self.stamp(CLIP, ONCE))
+        self.direction = BACKWARD
+
+    def stamp(self, part: str, direction: str | None = None) -> None:
+        if self.device.type == "cuda":
+            at: Any = torch.cuda.Event(enable_timing=True)
+            at.record()
+        else:
+            at = time.perf_counter()
+        self.stamps.append(Stamp(part, self.direction if direction is None else direction, at))
+
+    def stop(self) -> dict[tuple[str, str], float]:
+        """Milliseconds since `start` by (part, direction)."""
+        self.stamp(OTHER)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found: dict[tuple[str, str], float] = defaultdict(float)
+        for begin, end in zip(self.stamps, self.stamps[1:], strict=False):
+            gpu = self.device.type == "cuda"
+            passed = begin.at.elapsed_time(end.at) if gpu else 1e3 * (end.at - begin.at)
+            part = (begin.part, ONCE) if begin.part == OTHER else (begin.part, begin.direction)
+            found[part] += passed
+        return found
+
+
+class _Border(Function):
+    """Nothing forward; calls back when the gradients of all these tensors are there."""
+
+    @staticmethod
+    def forward(ctx: Any, reached: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.reached = reached
+        ctx.set_materialize_grads(False)
+        return tuple(t.view_as(t) for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.reached()
+        return (None, *gradients)
+
+
+def _watched(function: Callable, part: str, timeline: Timeline) -> Callable:
+    def begins_backward() -> None:
+        timeline.backward_begins()
+        timeline.stamp(part)
+
+    def ends_backward() -> None:
+        timeline.stamp(OTHER)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # activations alone, the first tensors: a parameter's gradient is accumulated inside the part
+        activations = [i for i, t in enumerate(args) if _is_activation(t)]
+        if activations:
+            marked = _Border.apply(ends_backward, *(args[i] for i in activations))
+            args = tuple(marked[activations.index(i)] if i in activations else t for i, t in enumerate(args))
+        timeline.stamp(part)
+        results = function(*args, **kwargs)
+        timeline.stamp(OTHER)
+        if isinstance(results, tuple):
+            return _Border.apply(begins_backward, *results)
+        return _Border.apply(begins_backward, results)[0]
+
+    return call
+
+
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
+
+
+@contextmanager
+def watch(timeline: Timeline) -> Iterator[None]:
+    """Stamps from every training step that is done inside the `with` block."""
+    with ExitStack() as stack:
+        for name, part in PARTS.items():
+            wrapped = _watched(getattr(gpt_model, name), part, timeline)
+            stack.enter_context(patch.object(gpt_model, name, wrapped))
+        hooks = (
+            register_optimizer_step_pre_hook(lambda *_: timeline.stamp(UPDATE, ONCE)),
+            register_optimizer_step_post_hook(lambda *_: timeline.stamp(OTHER)),
+        )
+        for hook in hooks:
+            stack.callback(hook.remove)
+        yield
+
+
+def measure(work: Workload, rounds: int = 20, seconds: float = 20) -> Iterator[Row]:
+    """The parts of our step, the longest first, and with them the whole.
+
+    Args:
+        rounds: steps; each part's time is its median over them.
+        seconds: to spend at most, if that is long enough for three.
+    """
+    if work.device.type == "cpu":
+        keep_freed_memory()
+    ours = fusedgpt(work, captured=False)
+    batches = work.batches()
+    for _ in range(2):
+        ours.step(*next(batches))
+    samples: list[dict[tuple[str, str], float]] = []
+    began = time.monotonic()
+    timeline = Timeline(work.device)
+    with watch(timeline):
+        while len(samples) <= rounds and (len(samples) < 4 or time.monotonic() - began < seconds):
+            inputs, targets = next(batches)
+            timeline.start()
+            ours.step(inputs, targets)
+            samples.append(timeline.stop())
+    samples = samples[1:]  # the first built the nodes' classes
+    found = {key: statistics.median(sample.get(key, 0.0) for sample in samples) for key in samples[0]}
+    whole = sum(found.values())
+    for part in sorted({part for part, _ in found}, key=lambda p: -sum(_of(p, found))):
+        for (name, direction), milliseconds in found.items():
+            if name == part:
+                case = f"{work.case}, {direction}" if direction else work.case
+                yield Row(part, case, ours.name, direction, milliseconds, milliseconds / whole)
+
+
+def _of(part: str, found: dict[tuple[str, str], float]) -> list[float]:
+    return [milliseconds for (name, _), milliseconds in found.items() if name == part]
+
+
+LINE = "{:<36}{:<24}{:<10}{:>9}{:>8}"
+HEADS = ("step", "part", "", "ms", "share")
+
+
+def line(row: Row) -> str:
+    """A row of the table."""
+    case = row.case.removesuffix(f", {row.direction}")
+    return LINE.format(case, row.name, row.direction, f"{row.milliseconds:.2f}", f"{row.share:.1%}")

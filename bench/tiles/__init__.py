@@ -1,0 +1,1 @@
+"""The tile sweep and its candidates."""

@@ -1,0 +1,1 @@
+"""The fused operators, a folder or a file each."""

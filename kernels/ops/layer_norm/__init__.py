@@ -1,0 +1,1 @@
+"""LayerNorm, alone and fused with the residual addition and dropout: the operator and its kernels."""

@@ -1,0 +1,347 @@
+"""The feed-forward sub-layer: two projections with GELU between (Hendrycks and Gimpel, 2016).
+
+    forward   pre = x W_fcᵀ,  a = GELU(pre + b_fc),  y = a W_projᵀ + b_proj
+    backward  da = dy W_proj,  dpre = da · GELU'(pre + b_fc),  dx = dpre W_fc
+              dW_proj = dyᵀ a,  db_proj = Σ rows of dy,  dW_fc = dpreᵀ x,  db_fc = Σ rows of dpre
+
+GELU is 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), GPT-2's, or x Φ(x). Saved: x and pre, with recompute x alone; a is
+computed again. pre is without its bias: the kernels add it in float32 from a register, where a matmul would round it
+to the activations' dtype first.
+
+For M rows of C, F = 4 C and s bytes an element: 6 matmuls, 12 M C F FLOPs (7 and 14 with recompute). Beside them:
+
+    library's matmuls   forward 2 M F s: pre in, a out       backward 4 M F s: pre and da in, dpre and a out
+    our own             forward none: a is stored where      backward 2 M F s: pre in, a out, as dpre is stored where
+                        pre would be; pre, to be kept, M F s           da would be
+
+The first takes two passes of `gelu.py`, with dpre over da; the second does the same as the last step of a
+matmul of our own, `fused_matmul.py`. Which is faster depends on the GPU and on C: rows of `tiles.py`. Weights'
+gradients and the other matmuls are the library's in both. db_fc comes out of partial sums that every program writes
+once, added up in a fixed order; db_proj reads dy once more (`column_sum.py`), which add_layer_norm's `x_bias` saves.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import checks, reference
+from ..._triton import TensorDescriptor, on_device_of, triton
+from ...backend import autocast, choose, register, without_autocast
+from ...matmul import by_column, weight_gradient
+from ...tiles import (
+    GELU_BACKWARD,
+    GELU_FORWARD,
+    MLP_DOWN_GRADIENT,
+    MLP_UP,
+    MatmulTile,
+    Tile,
+    hardware,
+    matmul_tile,
+    select,
+)
+from ..column_sum import column_sum
+from .fused_matmul import constants, down_gradient_kernel, up_kernel
+from .gelu import gelu_backward_kernel, gelu_kernel
+
+_ALIGNED = 16  # bytes: of a descriptor's address and of the step between its rows
+
+
+def _launch(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    exact: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output and, to keep, the pre-activation without its bias (of no element otherwise)."""
+    bias = None if b_fc is None else b_fc.contiguous()
+    pre, a = _up(x.reshape(-1, x.shape[-1]), w_fc.to(x.dtype), bias, exact, keep)
+    w_proj = w_proj.to(x.dtype)
+    y = a @ w_proj.T if b_proj is None else torch.addmm(b_proj.to(x.dtype), a, w_proj.T)
+    return y.view(*x.shape[:-1], w_proj.shape[0]), x.new_empty(0) if pre is None else pre
+
+
+def _up(x: Tensor, w: Tensor, bias: Tensor | None, exact: bool, keep: bool) -> tuple[Tensor | None, Tensor]:
+    """x wᵀ, where it is to be kept, and GELU(x wᵀ + bias)."""
+    tile = _own_matmul(MLP_UP, x, w.shape[0])
+    if tile is None:
+        pre = x @ w.T
+        a = torch.empty_like(pre) if keep else pre
+        _launch_pass(gelu_kernel, GELU_FORWARD, pre, bias, (a,), exact)
+        return (pre if keep else None), a
+    rows, hidden = x.shape[0], w.shape[0]
+    a = x.new_empty((rows, hidden))
+    kept = torch.empty_like(a) if keep else None
+    piece = (tile.rows, tile.block // tile.split)
+    _launch_matmul(
+        up_kernel,
+        tile,
+        (_described(x, (tile.rows, tile.depth)), _described(w, (tile.block, tile.depth))),
+        (bias, _described(kept, piece), _described(a, piece)),
+        x,
+        hidden,
+        exact,
+    )
+    return kept, a
+
+
+def _down_gradient(
+    dy: Tensor, w: Tensor, pre: Tensor, bias: Tensor | None, a: Tensor | None, exact: bool, summed: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dpre = (dy w) · GELU'(pre + bias) and, where asked for, partial sums of its rows. Writes GELU(pre + bias) to a."""
+    tile = _own_matmul(MLP_DOWN_GRADIENT, dy, w.shape[1])
+    if tile is None:
+        da = dy @ w
+        sums = _launch_pass(gelu_backward_kernel, GELU_BACKWARD, pre, bias, (da, a, da), exact, summed)
+        return da, sums
+    rows, hidden = pre.shape
+    dpre = torch.empty_like(pre)
+    sums = dy.new_empty((triton.cdiv(rows, tile.rows), hidden), dtype=torch.float32) if summed else None
+    piece = (tile.rows, tile.block // tile.split)
+    _launch_matmul(
+        down_gradient_kernel,
+        tile,
+        (_described(dy, (tile.rows, tile.depth)), _described(w, (tile.depth, tile.block))),
+        (_described(pre, piece), bias, _described(a, piece), _described(dpre, piece), sums),
+        dy,
+        hidden,
+        exact,
+    )
+    return dpre, sums
+
+
+def _launch_pass(
+    kernel: Any,
+    table: dict[str, tuple[Tile, ...]],
+    pre: Tensor,
+    bias: Tensor | None,
+    others: tuple[Tensor | None, ...],
+    exact: bool,
+    summed: bool = False,
+) -> Tensor | None:
+    """Over all of pre; returns the partial sums that gelu_backward_kernel was asked for."""
+    rows, hidden = pre.shape
+    where = hardware(pre.device)
+    tile = select(table, where.architecture, hidden)
+    blocks = triton.cdiv(hidden, tile.block)
+    splits = min(triton.cdiv(tile.programs * where.multiprocessors, blocks), triton.cdiv(rows, tile.rows))
+    sums = pre.new_empty((splits, hidden), dtype=torch.float32) if summed else None
+    last = (sums,) if kernel is gelu_backward_kernel else ()
+    if rows:
+        with on_device_of(pre):
+            kernel[(blocks, splits)](
+                pre,
+                bias,
+                *others,
+                *last,
+                rows,
+                F=hidden,
+                EXACT=exact,
+                ROWS=tile.rows,
+                BLOCK=tile.block,
+                num_warps=tile.warps,
+            )
+    return sums
+
+
+def _own_matmul(table: dict[str, tuple[MatmulTile, ...]], x: Tensor, hidden: int) -> MatmulTile | None:
+    """The tile for x (M, C) times (C, hidden), or None for the library.
+
+    Descriptors take rows of whole 16 bytes. With less than one tile for every multiprocessor the library's smaller
+    ones finish sooner.
+    """
+    rows, columns = x.shape
+    where = hardware(x.device)
+    tile = matmul_tile(table, where.architecture, columns, x.dtype == torch.float32)
+    if tile is None or columns * x.itemsize % _ALIGNED or hidden * x.itemsize % _ALIGNED:
+        return None
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(hidden, tile.block)
+    return tile if tiles >= where.multiprocessors else None
+
+
+def _described(x: Tensor | None, block: tuple[int, int]) -> Any:
+    """A descriptor of x (rows, columns) by blocks of that shape; of a copy where x has another layout."""
+    if x is None:
+        return None
+    rows_apart = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % _ALIGNED == 0
+    if x.stride(1) != 1 or not rows_apart or x.data_ptr() % _ALIGNED:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+def _launch_matmul(
+    kernel: Any,
+    tile: MatmulTile,
+    operands: tuple[Any, Any],
+    rest: tuple[Any, ...],
+    x: Tensor,
+    hidden: int,
+    exact: bool,
+) -> None:
+    rows, columns = x.shape
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(hidden, tile.block)
+    programs = min(tiles, tile.programs * hardware(x.device).multiprocessors)
+    with on_device_of(x):
+        kernel[(programs,)](
+            *operands, *rest, rows, C=columns, F=hidden, EXACT=exact, **constants(tile), num_warps=tile.warps
+        )
+
+
+def _launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor | None,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    exact: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of x, w_fc, b_fc, w_proj and b_proj, of no element where not wanted; pre None: it is recomputed."""
+    if not x.numel():
+        none = _fake_backward(dy, x, pre, w_fc, b_fc, w_proj, b_proj, exact, wanted)
+        return tuple(gradient.zero_() for gradient in none)
+    want_x, want_w_fc, want_b_fc, want_w_proj, want_b_proj = wanted
+    dx, dw_fc, db_fc, dw_proj, db_proj = (x.new_empty(0) for _ in wanted)
+    shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, w_proj.shape[0]).contiguous()
+    if want_b_proj and b_proj is not None:
+        db_proj = column_sum(dy).to(b_proj.dtype)
+    inner = want_x or want_w_fc or want_b_fc
+    if not inner and not want_w_proj:
+        return dx, dw_fc, db_fc, dw_proj, db_proj
+    up, bias = w_fc.to(x.dtype), None if b_fc is None else b_fc.contiguous()
+    before = x @ up.T if pre is None else pre
+    a = None
+    if want_w_proj:
+        a = before if pre is None else torch.empty_like(before)
+    if inner:
+        dpre, sums = _down_gradient(dy, w_proj.to(x.dtype), before, bias, a, exact, want_b_fc)
+        if sums is not None and b_fc is not None:
+            db_fc = sums.sum(0).to(b_fc.dtype)
+        if want_x:
+            dx = (dpre @ up).view(shape)
+        if want_w_fc:
+            dw_fc = weight_gradient(dpre, x, w_fc.dtype, by_column(w_fc))
+    else:
+        _launch_pass(gelu_kernel, GELU_FORWARD, before, bias, (a,), exact)
+    if a is not None:
+        dw_proj = weight_gradient(dy, a, w_proj.dtype, by_column(w_proj))
+    return dx, dw_fc, db_fc, dw_proj, db_proj
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    pre: Tensor | None,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    exact: bool,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    def weight(w: Tensor) -> Tensor:
+        return w.new_empty(w.shape[::-1]).T if by_column(w) else w.new_empty(w.shape)
+
+    db_fc, db_proj = (x if b is None else b.new_empty(b.shape) for b in (b_fc, b_proj))
+    gradients = (x.new_empty(x.shape), weight(w_fc), db_fc, weight(w_proj), db_proj)
+    return tuple(t if want else x.new_empty(0) for t, want in zip(gradients, wanted, strict=True))
+
+
+_backward = register(
+    "gelu_mlp_backward(Tensor dy, Tensor x, Tensor? pre, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, "
+    "bool exact, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    x, w_fc, b_fc, w_proj, b_proj, ctx.exact, keep = inputs
+    ctx.save_for_backward(x, output[1] if keep else None, w_fc, b_fc, w_proj, b_proj)
+
+
+def _gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 7
+    wanted = list(ctx.needs_input_grad[:5])
+    # in a backward that runs inside the region, autocast would round what the weights' gradients keep exact
+    with without_autocast(dy):
+        gradients = _backward(dy, *ctx.saved_tensors, ctx.exact, wanted)
+    found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
+    return *found, None, None
+
+
+def _fake(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    exact: bool,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty((*x.shape[:-1], w_proj.shape[0])), x.new_empty((rows, w_fc.shape[0]) if keep else 0)
+
+
+_gelu_mlp = register(
+    "gelu_mlp(Tensor x, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, bool exact, bool keep) "
+    "-> (Tensor, Tensor)",
+    _launch,
+    _fake,
+    _save,
+    _gradients,
+)
+
+
+def gelu_mlp(
+    x: Tensor,
+    w_fc: Tensor,
+    b_fc: Tensor | None,
+    w_proj: Tensor,
+    b_proj: Tensor | None,
+    approximate: str = "tanh",
+    recompute: bool = False,
+) -> Tensor:
+    """GELU(x @ w_fc.T + b_fc) @ w_proj.T + b_proj.
+
+    Args:
+        x: (..., C).
+        w_fc: (F, C), GPT-2 has F = 4C; b_fc: (F,), optional.
+        w_proj: (C, F); b_proj: (C,), optional.
+        approximate: "tanh" (GPT-2's) or "none" (the exact GELU).
+        recompute: save x alone and compute the pre-activation again in the backward.
+
+    Returns:
+        (..., C) in x's dtype; under autocast in autocast's.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device, or an unknown `approximate`.
+    """
+    checks.floating("gelu_mlp", x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj)
+    if approximate not in ("tanh", "none"):
+        raise ValueError(f"gelu_mlp: approximate is {approximate!r}; it takes 'tanh' or 'none'")
+    if w_fc.dim() != 2 or x.shape[-1:] != w_fc.shape[1:]:
+        raise ValueError(
+            f"gelu_mlp: w_fc {tuple(w_fc.shape)} does not fit x {tuple(x.shape)}; it takes (F, C)"
+        )
+    checks.shape("gelu_mlp", "b_fc", b_fc, w_fc.shape[0])
+    if w_proj.dim() != 2 or w_proj.shape[1] != w_fc.shape[0]:
+        raise ValueError(
+            f"gelu_mlp: w_proj {tuple(w_proj.shape)} does not fit w_fc {tuple(w_fc.shape)}; it takes (C, F)"
+        )
+    checks.shape("gelu_mlp", "b_proj", b_proj, w_proj.shape[0])
+    x = autocast(x)
+    given = (w_fc, b_fc, w_proj, b_proj)
+    empty = "a weight has no element" if 0 in (*w_fc.shape, *w_proj.shape) else None
+    if choose("gelu_mlp", x, *given, obstacle=empty).backend == "triton":
+        trained = any(t is not None and t.requires_grad for t in (x, *given))
+        keep = trained and torch.is_grad_enabled() and not recompute
+        return _gelu_mlp(x, *given, approximate == "none", keep)[0]
+    return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate, recompute)
