@@ -139,7 +139,7 @@ class Generate:
             )
         from .device import pick_device, pick_dtype
         from .generate import generate_text
-        from .train.checkpoint import load_run
+        from .run import load_run
 
         device = pick_device(self.device)
         run = load_run(self.run, device)
@@ -287,7 +287,7 @@ class Plot:
     def __call__(self) -> None:
         if not self.runs:
             raise ValueError("gpt plot takes the folder of a run, or several")
-        from .train.metrics import plot_runs
+        from .pictures import plot_runs
 
         print(plot_runs(list(self.runs), self.out))
 
@@ -311,7 +311,7 @@ class Import:
     def __call__(self) -> None:
         require_unused(self.run)
         from .huggingface import import_model, import_tokenizer
-        from .train.checkpoint import create_run
+        from .run import create_run
 
         model, tokenizer = import_model(self.folder), import_tokenizer(self.folder)
         config = RunConfig(model.config, TrainConfig(tokenizer=tokenizer.kind))
@@ -339,7 +339,7 @@ class Export:
     def __call__(self) -> None:
         require_unused(self.folder)
         from .huggingface import export_model
-        from .train.checkpoint import load_run
+        from .run import load_run
 
         run = load_run(self.run)
         export_model(run.model, run.tokenizer, self.folder)

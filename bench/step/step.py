@@ -18,7 +18,7 @@ import torch
 
 from ...gpt.device import keep_freed_memory
 from ...gpt.model import GPT
-from ...gpt.train.metrics import Speedometer
+from ...gpt.train.throughput import Speedometer
 from .implementations import Side, builders
 from .memory import failure, first_steps, release
 from .sizes import Workload

@@ -16,7 +16,7 @@ from ...data.loader import TokenLoader
 from ...data.shards import TokenShards
 from ...kernels import explain
 from ..config import RunConfig
-from ..evaluate import TalesReport
+from ..evaluate import CorpusReport
 from ..model import GPT
 
 
@@ -109,7 +109,7 @@ class Display:
     def sample(self, text: str) -> None:
         self.console.print(Text("    " + text.strip().replace("\n", "\n    "), style="dim"))
 
-    def end(self, out: Path, steps: int, picture: Path, report: TalesReport | None) -> None:
+    def end(self, out: Path, steps: int, picture: Path, report: CorpusReport | None) -> None:
         if report:
             self.say("\n" + "\n".join(report.lines()) + f"\n\n{report.sample}")
         gpt = program()

@@ -12,27 +12,21 @@ from typing import Any
 
 import torch
 
-from ...data.corpus import open_corpus, split_name
+from ...data.corpus import open_corpus
 from ...data.loader import TokenLoader
-from ...data.shards import stored_tokenizer, token_shards
+from ...data.shards import TokenShards, stored_tokenizer, token_shards
 from ...data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from ...data.windows import Batch
 from ...kernels import use_backend
 from ..config import RunConfig, TrainConfig
 from ..device import keep_freed_memory, pick_device, pick_dtype, settled_heap
-from ..evaluate import (
-    Batch,
-    TalesReport,
-    evaluate_tales,
-    mean_loss,
-    tales_floor,
-    validation_batches,
-    validation_tales,
-)
+from ..evaluate import CorpusReport, best_possible, evaluate_corpus, mean_loss, validation_batches
 from ..generate import generate_text
+from ..metrics import MetricsLog, overfitting
 from ..model import GPT
 from ..optim import Optimizers, build_optimizers, lr_factor
-from ..settings import write_config
-from .checkpoint import (
+from ..pictures import plot_runs
+from ..run import (
     latest_checkpoint,
     load_model,
     load_optimizers,
@@ -41,20 +35,14 @@ from .checkpoint import (
     save_checkpoint,
     start_run,
 )
+from ..settings import write_config
 from .display import Display, program
 from .memory import explained, largest_micro_batch
-from .metrics import (
-    MetricsLog,
-    Speedometer,
-    open_trackers,
-    overfitting,
-    peak_memory,
-    plot_runs,
-    require_trackers,
-)
 from .precompile import precompile
 from .step import TrainingError, TrainStep
+from .throughput import Speedometer, peak_memory
 from .trace import Trace
+from .trackers import open_trackers, require_trackers
 
 
 @dataclass
@@ -63,7 +51,7 @@ class Session:
 
     out: Path
     config: RunConfig
-    tokenizer: Tokenizer
+    shards: TokenShards
     model: GPT
     optimizers: Optimizers
     loader: TokenLoader
@@ -163,11 +151,10 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         start_run(out, tokenizer)
     write_config(out / "config.toml", config, {**origins, **settled})
     log = MetricsLog(out / "metrics.jsonl", state["step"], open_trackers(config, out))
-    is_tales = split_name(config.train.data)[0] == "tales"
-    floor = tales_floor(validation_tales(config.train.eval_windows), tokenizer) if is_tales else None
+    floor = best_possible(shards.corpus, tokenizer, config.train.eval_windows)
     display.start(config, model, loader, shards, device, state["step"])
     compiling.join()
-    return Session(out, config, tokenizer, model, optimizers, loader, validation, step, log, display, floor)
+    return Session(out, config, shards, model, optimizers, loader, validation, step, log, display, floor)
 
 
 def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> RunConfig:
@@ -281,7 +268,7 @@ def sample(session: Session) -> str:
         return ""
     (text,) = generate_text(
         session.model,
-        session.tokenizer,
+        session.shards.tokenizer,
         [settings.prompt],
         max_tokens=settings.sample_tokens,
         seed=settings.seed,
@@ -342,9 +329,10 @@ def skipped_steps(session: Session, steps: int) -> dict[str, int]:
 def finish(session: Session) -> None:
     """Draw the curve, say how good the model is and what can be done with it."""
     settings = session.config.train
-    report: TalesReport | None = None
-    if session.floor is not None:
-        report = evaluate_tales(session.model, session.tokenizer, session.step.dtype)
+    report: CorpusReport | None = None
+    corpus = session.shards.corpus
+    if corpus is not None and corpus.log_prob is not None:
+        report = evaluate_corpus(session.model, session.shards.tokenizer, corpus, session.step.dtype)
     session.display.end(session.out, settings.steps, plot_runs([session.out]), report)
     if report and report.accepted < settings.min_accepted:
         raise TrainingError(

@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_map_only
 
 from ...kernels.backend import choose
 from ..config import RunConfig
+from ..device import DTYPES
 from ..model import GPT
 from ..optim import build_optimizers
-from .step import DTYPES, TrainStep
+from .step import TrainStep
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 TOKENS = 2**15  # of a batch to compile with, at most: memory for one block and the head

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..device import DTYPES
 from ..model import GPT
 from ..optim import FlatGradients, Optimizers, lr_factor
 from .graph import Captured, Place
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # float16's loss scale, as torch's GradScaler moves it: halved by a step that overflows, doubled after so many without
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 

@@ -14,7 +14,7 @@ from fusedgpt.gpt.cli import main
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.huggingface import export_model
 from fusedgpt.gpt.model import GPT
-from fusedgpt.gpt.train.checkpoint import create_run
+from fusedgpt.gpt.run import create_run
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 

@@ -20,8 +20,8 @@ from fusedgpt.data.tokenizers import CharTokenizer, load_tokenizer
 from fusedgpt.gpt.cli import COMMANDS, main, parse
 from fusedgpt.gpt.config import KEYS, ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.model import GPT
+from fusedgpt.gpt.run import create_run
 from fusedgpt.gpt.settings import read_config
-from fusedgpt.gpt.train.checkpoint import create_run
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 FLAGS = {

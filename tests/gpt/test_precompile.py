@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.device import DTYPES
 from fusedgpt.gpt.evaluate import mean_loss
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import precompile as precompile_module
 from fusedgpt.gpt.train.precompile import operator_calls, run
-from fusedgpt.gpt.train.step import DTYPES, TrainStep
+from fusedgpt.gpt.train.step import TrainStep
 from fusedgpt.kernels import use_backend
 from fusedgpt.kernels._triton import INTERPRETED, TensorDescriptor
 

@@ -9,15 +9,16 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fusedgpt.data.documents import document_batches
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
-from fusedgpt.gpt.evaluate import document_batches, mean_loss
+from fusedgpt.gpt.evaluate import mean_loss
+from fusedgpt.gpt.metrics import read_metrics
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
+from fusedgpt.gpt.run import checkpoints, load_run, model_tensors
 from fusedgpt.gpt.train import loop
 from fusedgpt.gpt.train import step as step_module
-from fusedgpt.gpt.train.checkpoint import checkpoints, load_run, model_tensors
 from fusedgpt.gpt.train.loop import TrainingError, train
-from fusedgpt.gpt.train.metrics import read_metrics
 from fusedgpt.gpt.train.step import TrainStep
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
