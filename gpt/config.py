@@ -58,12 +58,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            _require(
-                _is_int(getattr(self, name)) and getattr(self, name) >= 1,
-                self,
-                name,
-                "a whole number from 1 up",
-            )
+            _require_whole(self, name, 1)
         for name in DROPOUTS:
             _require(0.0 <= getattr(self, name) < 1.0, self, name, "a probability from 0 to below 1")
         if self.n_embd % self.n_head:
@@ -189,12 +184,7 @@ class TrainConfig:
         whole |= {"save_interval": 1, "keep_checkpoints": 1, "bpe_vocab_size": 257}
         whole |= {"warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0}
         for name, low in whole.items():
-            _require(
-                _is_int(getattr(self, name)) and getattr(self, name) >= low,
-                self,
-                name,
-                f"a whole number from {low} up",
-            )
+            _require_whole(self, name, low)
         for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "epochs"):
             _require(0.0 <= getattr(self, name) < float("inf"), self, name, "a number from 0 up")
         for name in ("min_lr_ratio", "cooldown_fraction", "min_accepted"):
@@ -409,7 +399,7 @@ def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> di
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """`; did you mean ...?` with the nearest option (and what it stands for), or nothing where none is near."""
-    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(options), n=1)
     if not matches:
         return ""
     meaning = next((key for key, aliases in ALIASES.items() if matches[0] in aliases), None)
@@ -418,6 +408,11 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_whole(config: object, name: str, low: int) -> None:
+    value = getattr(config, name)
+    _require(_is_int(value) and value >= low, config, name, f"a whole number from {low} up")
 
 
 def _require(condition: bool, config: object, name: str, takes: str) -> None:
