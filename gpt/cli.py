@@ -77,7 +77,7 @@ def _given(command: type, words: Sequence[str], see: str) -> set[str]:
     return given
 
 
-def _fields(command: type) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+def _fields(command: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
     """Name, type and flags of every field that is set by flags."""
     for name, kind in get_type_hints(command, include_extras=True).items():
         plain, *marks = (kind.__origin__, *kind.__metadata__) if hasattr(kind, "__metadata__") else (kind,)

@@ -7,7 +7,7 @@ before a command runs: commands import what they call.
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
@@ -25,32 +25,22 @@ def _flags(config: type, **more: tuple[Any, Any]) -> Any:
         more: fields to add or to replace, as (type, default).
     """
     kinds = get_type_hints(config)
-    renamed = {
-        name: (Annotated[kinds[name], arg(aliases=also(*others))], getattr(config, name))
-        for name, others in ALIASES.items()
-        if name in kinds
-    }
-    added = [(name, kind, field(default=default)) for name, (kind, default) in (renamed | more).items()]
+    for name, others in ALIASES.items():
+        if name in kinds:
+            named = arg(aliases=[f"--{other.replace('_', '-')}" for other in others])
+            more[name] = (Annotated[kinds[name], named], getattr(config, name))
+    own = [(name, kind, field(default=default)) for name, (kind, default) in more.items()]
     return make_dataclass(
-        config.__name__, added, bases=(config,), frozen=True, namespace={"__post_init__": lambda self: None}
+        config.__name__, own, bases=(config,), frozen=True, namespace={"__post_init__": lambda _: None}
     )
 
 
-def also(*names: str) -> tuple[str, ...]:
-    return tuple(f"--{name.replace('_', '-')}" for name in names)
-
-
-if TYPE_CHECKING:
-    ModelFlags = Any
-    TrainFlags = Any
-else:
-    one_rate = arg(aliases=also("drop_rate"), help="All three dropout rates at once.", help_behavior_hint="")
-    ModelFlags = _flags(
-        ModelConfig,
-        vocab_size=(Suppress[Fixed[int]], 1),  # the tokenizer's
-        dropout=(Annotated[float, one_rate], 0.0),
-    )
-    TrainFlags = _flags(TrainConfig)
+ONE_RATE = arg(aliases=["--drop-rate"], help="All three dropout rates at once.", help_behavior_hint="")
+# the vocabulary's size is the tokenizer's
+ModelFlags = _flags(
+    ModelConfig, vocab_size=(Suppress[Fixed[int]], 1), dropout=(Annotated[float, ONE_RATE], 0.0)
+)
+TrainFlags = _flags(TrainConfig)
 
 
 @dataclass
@@ -95,8 +85,8 @@ class Train(Sources):
         None
     )
     """The run folder to make."""
-    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)
-    training: OmitArgPrefixes[TrainFlags] = field(default_factory=TrainFlags)
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)  # type: ignore[valid-type]
+    training: OmitArgPrefixes[TrainFlags] = field(default_factory=TrainFlags)  # type: ignore[valid-type]
 
     def __call__(self, given: set[str]) -> None:
         """Train; `given` has the names of the flags that were written, defaults or not."""
@@ -129,7 +119,7 @@ class Generate:
     """The folder of a run."""
     prompt: UseAppendAction[tuple[str, ...]] = ()
     """What to continue; give it again for several. Without it the model begins a document."""
-    max_tokens: Annotated[int, arg(aliases=also("max_new_tokens"))] = 200
+    max_tokens: Annotated[int, arg(aliases=["--max-new-tokens"])] = 200
     """The most tokens to write."""
     temperature: float = 0.8
     """Above 1 more surprising, below 1 more likely text; 0: always the likeliest token."""
@@ -139,13 +129,13 @@ class Generate:
     """Draw from the likeliest tokens that together have this probability."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that occurred already become less likely."""
-    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=also("stop_strings"))] = ()
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--stop-strings"])] = ()
     """End a text before this string; give it again for several."""
     seed: Annotated[
         int | None, arg(metavar="INT", help_behavior_hint="(default: another text each time)")
     ] = None
     """The same seed writes the same text."""
-    num_samples: Annotated[int, arg(aliases=also("num_return_sequences"))] = 1
+    num_samples: Annotated[int, arg(aliases=["--num-return-sequences"])] = 1
     """Texts for each prompt."""
     device: str = "auto"
     """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
