@@ -138,6 +138,10 @@ class TrainConfig:
     """Adam's decay rate of the mean of squared gradients."""
     grad_clip: float = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
+    label_smoothing: float = 0.0
+    """Share of each training target that is spread evenly over the vocabulary; evaluation has none."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log-sum-exp of the logits in the training loss (PaLM: 1e-4); evaluation has none."""
 
     device: str = "auto"
     """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
@@ -171,7 +175,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     min_accepted: float = 0.0
-    """Tales only: fail where the grammar accepts a smaller share of the tales that the trained model writes."""
+    """Tales only: fail where the grammar accepts a smaller share of the tales that the trained model writes. A preset's
+    value counts only in runs of at least that preset's steps."""
     tensorboard: bool = False
     """Also log to TensorBoard, into the run's folder."""
     wandb: bool = False
@@ -185,9 +190,9 @@ class TrainConfig:
         whole |= {"warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0}
         for name, low in whole.items():
             _require_whole(self, name, low)
-        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "epochs"):
+        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "z_loss", "epochs"):
             _require(0.0 <= getattr(self, name) < float("inf"), self, name, "a number from 0 up")
-        for name in ("min_lr_ratio", "cooldown_fraction", "min_accepted"):
+        for name in ("min_lr_ratio", "cooldown_fraction", "label_smoothing", "min_accepted"):
             _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a number from 0 to 1")
         for name in ("beta1", "beta2", "val_fraction"):
             _require(0.0 <= getattr(self, name) < 1.0, self, name, "a number from 0 to below 1")
@@ -369,6 +374,11 @@ def preset(name: str) -> RunConfig:
         there = f"; there are {', '.join(PRESETS)}"
         raise ValueError(f"unknown preset {name!r}{nearest(name, PRESETS) or there}")
     return RunConfig.from_flat(PRESETS[name])
+
+
+def full_length(config: TrainConfig) -> int:
+    """The steps that `min_accepted` asks for: those of the preset that has this value, 0 for a value of the user's own."""
+    return next((p["steps"] for p in PRESETS.values() if p.get("min_accepted") == config.min_accepted), 0)
 
 
 def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
