@@ -30,7 +30,7 @@ help:
 
 train: $(LINK)/fusedgpt
 	$(prepare)
-	$(PYTHON) -m fusedgpt.gpt train --preset tales --out runs/tales $(ARGS)
+	$(PYTHON) -m fusedgpt.gpt train --preset tales $(ARGS)
 
 test: $(LINK)/fusedgpt
 	$(prepare) test parquet

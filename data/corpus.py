@@ -256,7 +256,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install 'fusedgpt[parquet]'") from None
+        raise ValueError(
+            f"{path}: reading .parquet needs pyarrow: pip install pyarrow, or from a clone pip install -e '.[parquet]'"
+        ) from None
     try:
         table = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:

@@ -374,7 +374,13 @@ def _fineweb(count: int, tokenizer: Tokenizer | None) -> TokenShards:
 def _gpt2() -> Tokenizer:
     from .tokenizers import make_tokenizer
 
-    return make_tokenizer("gpt2")
+    try:
+        return make_tokenizer("gpt2")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"fineweb10B takes shards of tokens, 0.2 GB each, from {_FINEWEB_URL} (or put into {cache_dir() / 'fineweb10B'} "
+            f"by hand), and GPT-2's vocabulary. To train on text of your own: --data FILE. {error}"
+        ) from None
 
 
 def _same(given: Tokenizer | None, stored: Tokenizer, what: str) -> Tokenizer:

@@ -169,6 +169,8 @@ class GPT(nn.Module):
         recompute: bool = False,
         reduction: str = "mean",
         cache: Cache | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """Logits, or the loss where targets are given.
 
@@ -182,6 +184,7 @@ class GPT(nn.Module):
             recompute: keep no activations inside blocks, compute them again in the backward.
             reduction: of the loss: "mean", "sum" or "none" (then (B · T,)).
             cache: keys and values seen before; the ids continue them. Inference only, under no_grad.
+            label_smoothing, z_loss: of the loss, see `linear_cross_entropy`.
 
         Returns:
             (B, T, vocab_size) logits in `dtype`, or the loss in nats, float32.
@@ -194,7 +197,13 @@ class GPT(nn.Module):
         if targets is None:
             return linear(y, head[: self.config.vocab_size])
         return linear_cross_entropy(
-            y.flatten(0, 1), head, targets.flatten(), vocab_size=self.config.vocab_size, reduction=reduction
+            y.flatten(0, 1),
+            head,
+            targets.flatten(),
+            vocab_size=self.config.vocab_size,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
 
     def hidden(

@@ -12,15 +12,22 @@ from typing import Any
 
 import torch
 
-from ...data.corpus import open_corpus
+from ...data.corpus import open_corpus, split_name
 from ...data.loader import TokenLoader
-from ...data.shards import TokenShards, stored_tokenizer, token_shards
-from ...data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from ...data.shards import TokenShards, holds_tokens, stored_tokenizer, token_shards
+from ...data.tokenizers import TRAINED, Tokenizer, load_tokenizer, make_tokenizer
 from ...data.windows import Batch
 from ...kernels import use_backend
-from ..config import RunConfig, TrainConfig
+from ..config import RunConfig, TrainConfig, full_length
 from ..device import keep_freed_memory, pick_device, pick_dtype, settled_heap
-from ..evaluate import CorpusReport, best_possible, evaluate_corpus, mean_loss, validation_batches
+from ..evaluate import (
+    CorpusReport,
+    best_possible,
+    bits_per_byte,
+    evaluate_corpus,
+    mean_loss,
+    validation_batches,
+)
 from ..generate import generate_text
 from ..metrics import MetricsLog, overfitting
 from ..model import GPT
@@ -184,15 +191,17 @@ def require_prompt(tokenizer: Tokenizer, config: RunConfig) -> None:
 
 def build_tokenizer(settings: TrainConfig) -> Tokenizer:
     """The tokenizer that the settings name, or the one that the data's tokens were made with, or one made from its text."""
-    if settings.tokenizer not in ("bpe", "word", "char"):
-        return make_tokenizer(settings.tokenizer)
-    if stored := stored_tokenizer(settings.data):
+    name = settings.tokenizer
+    # opened before a vocabulary is looked for: a mistake in the data is the first thing to mend
+    corpus = None if holds_tokens(settings.data) else open_corpus(settings.data, settings.val_fraction)
+    named = split_name(settings.data)[0] is not None
+    if (name in TRAINED or (name == "gpt2" and named)) and (stored := stored_tokenizer(settings.data)):
         return stored
-    corpus = open_corpus(settings.data, settings.val_fraction)
-    if settings.tokenizer == "char":  # it has no unknown character: those of the validation part count too
-        return make_tokenizer("char", chain(corpus.train_texts(), corpus.val_texts()))
-    size = settings.bpe_vocab_size if settings.tokenizer == "bpe" else None
-    return make_tokenizer(settings.tokenizer, corpus.train_texts(), size)
+    if corpus is None or name not in TRAINED:
+        return make_tokenizer(name)
+    if name == "char":  # it has no unknown character: those of the validation part count too
+        return make_tokenizer(name, chain(corpus.train_texts(), corpus.val_texts()))
+    return make_tokenizer(name, corpus.train_texts(), settings.bpe_vocab_size if name == "bpe" else None)
 
 
 def run_steps(session: Session, interrupted: list[int]) -> None:
@@ -327,14 +336,28 @@ def skipped_steps(session: Session, steps: int) -> dict[str, int]:
 
 
 def finish(session: Session) -> None:
-    """Draw the curve, say how good the model is and what can be done with it."""
+    """Draw the curve, say how good the model is and what can be done with it.
+
+    Raises:
+        TrainingError: a run of full length fell short of `min_accepted`.
+    """
     settings = session.config.train
     report: CorpusReport | None = None
     corpus = session.shards.corpus
     if corpus is not None and corpus.log_prob is not None:
         report = evaluate_corpus(session.model, session.shards.tokenizer, corpus, session.step.dtype)
-    session.display.end(session.out, settings.steps, plot_runs([session.out]), report)
-    if report and report.accepted < settings.min_accepted:
+    bytes_per_token = session.shards.val_bytes_per_token
+    loss = next(record["val_loss"] for record in reversed(session.log.history) if "val_loss" in record)
+    bits = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
+    session.display.end(session.out, settings.steps, plot_runs([session.out]), report, bits)
+    if report is None or not settings.min_accepted:
+        return
+    if settings.steps < (full := full_length(settings)):
+        session.display.say(
+            f"\n--min-accepted {settings.min_accepted:g} was not applied: "
+            f"this run was shortened to {settings.steps:,} of the preset's {full:,} steps"
+        )
+    elif report.accepted < settings.min_accepted:
         raise TrainingError(
             f"only {report.accepted:.0%} of the generated tales are accepted by the grammar, below the "
             f"{settings.min_accepted:.0%} of --min-accepted; train for more --steps"

@@ -110,6 +110,8 @@ class TrainStep:
             dtype=self.dtype,
             residual_dtype=self.residual_dtype,
             recompute=self.config.activation_checkpointing,
+            label_smoothing=self.config.label_smoothing,
+            z_loss=self.config.z_loss,
         )
         loss.backward(self.loss_scale / self.config.accumulation)
         self.loss += loss.detach() / self.config.accumulation

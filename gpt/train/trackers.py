@@ -44,7 +44,9 @@ def require_trackers(settings: TrainConfig) -> None:
     """Raise ValueError where a tracker is asked for that is not installed."""
     for name in ("tensorboard", "wandb"):
         if getattr(settings, name) and importlib.util.find_spec(name) is None:
-            raise ValueError(f"--{name} needs a package: pip install 'fusedgpt[{name}]'")
+            raise ValueError(
+                f"--{name} needs a package: pip install {name}, or from a clone pip install -e '.[{name}]'"
+            )
 
 
 def open_trackers(config: RunConfig, out: Path) -> list[Tracker]:

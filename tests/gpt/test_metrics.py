@@ -123,6 +123,8 @@ def test_tensorboard_and_wandb_get_every_record(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_names_the_extra(monkeypatch, flag):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"fusedgpt\[{flag}\]"):
+    with pytest.raises(
+        ValueError, match=rf"pip install {flag}, or from a clone pip install -e '\.\[{flag}\]'"
+    ):
         require_trackers(TrainConfig(**{flag: True}))
     require_trackers(TrainConfig())

@@ -48,6 +48,7 @@ RUNS = {
     "float32": (SHAPE, replace(SETTINGS, dtype="float32")),
     "float16, recomputed": (SHAPE, replace(SETTINGS, dtype="float16", activation_checkpointing=True)),
     "no biases, untied": (replace(SHAPE, bias=False, tie_weights=False), SETTINGS),
+    "smoothed": (SHAPE, replace(SETTINGS, label_smoothing=0.1, z_loss=1e-4)),
     "no query biases": (replace(SHAPE, qkv_bias=False), SETTINGS),
     "post-norm": (replace(SHAPE, norm="post"), SETTINGS),
     "wide rows, few tokens": (replace(SHAPE, n_embd=144, context_length=3), replace(SETTINGS, micro_batch=1)),
