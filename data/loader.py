@@ -147,10 +147,14 @@ class TokenLoader:
                     f"cannot continue in the training data: its {names.get(key, key)} is {value}, and was {state.get(key)} "
                     "when the run was saved. Resume with the same data, seed and context length."
                 )
+        self.seek(int(state["position"]))
+
+    def seek(self, position: int) -> None:
+        """Continue at an earlier or later `position` of this loader."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
-        self.position = int(state["position"])
+        self.position = position
 
     def _identity(self) -> dict[str, int]:
         order, data = self._order, 0

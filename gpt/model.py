@@ -25,6 +25,7 @@ from ..kernels import (
     linear_cross_entropy,
 )
 from .config import ModelConfig
+from .pretrained import Pretrained
 
 
 class Cache(Protocol):
@@ -115,8 +116,8 @@ class Block(nn.Module):
         return add_layer_norm(out, x, norm.weight, norm.bias, norm.eps, p, seed, stream, x_bias=bias)
 
 
-class GPT(nn.Module):
-    """The language model: token ids in, logits or a loss out.
+class GPT(nn.Module, Pretrained):
+    """The language model: token ids in, logits or a loss out. `Pretrained` loads one and writes text with it.
 
     The vocabulary's rows are padded to a multiple of 128 inside; logits, counts and exports have the true size.
     """

@@ -86,7 +86,7 @@ def ended(argv: list[str]) -> int | str | None:
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
     """Runs a shell command in which `gpt` is this checkout's."""
-    gpt = f"{sys.executable} -m fusedgpt.gpt"
+    gpt = f"{shlex.quote(sys.executable)} -m fusedgpt.gpt"
     line = command.replace("gpt ", f"{gpt} ", 1)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     return subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120, env=environment)

@@ -156,10 +156,10 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monk
     run = tmp_path / "run"
 
     class Interrupting(TrainStep):
-        def __call__(self):
+        def micro_step(self, inputs, targets):
             if self.step == 4:
                 os.kill(os.getpid(), signal.SIGINT)
-            return super().__call__()
+            super().micro_step(inputs, targets)
 
     monkeypatch.setattr(loop, "TrainStep", Interrupting)
     with pytest.raises(KeyboardInterrupt):
@@ -171,6 +171,71 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monk
     train(config, run, resume=True)
     train(config, tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"dtype": "float16"}])
+def test_a_step_interrupted_between_micro_steps_is_done_again_on_resuming(
+    config, tmp_path, monkeypatch, number, changes
+):
+    config = with_train(config, micro_batch=1, **changes)
+    run, whole, done = tmp_path / "run", tmp_path / "whole", []
+
+    class Interrupting(TrainStep):
+        def micro_step(self, inputs, targets):
+            super().micro_step(inputs, targets)
+            done.append(self.step)
+            if done.count(7) == 2:
+                os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "TrainStep", Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run)
+    assert done.count(7) == 2, "the other two micro-steps are not waited for"
+    assert [p.name for p in checkpoints(run)] == ["step-000006", "step-000007"]
+    train(config, run, resume=True)
+    train(config, whole)
+    assert losses(run) == losses(whole)
+    ours, theirs = (model_tensors(load_run(folder).model) for folder in (run, whole))
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name]), name
+
+
+@pytest.mark.parametrize("where", ["mean_loss", "generate_text"])
+def test_a_signal_ends_an_evaluation_too(config, tmp_path, monkeypatch, where):
+    run, original, calls = tmp_path / "run", getattr(loop, where), []
+
+    def interrupted(*args, **settings):
+        calls.append(where)
+        os.kill(os.getpid(), signal.SIGINT)
+        result = original(*args, **settings)
+        calls.append("ended")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run)
+    assert calls == [where]
+    at = {"mean_loss": [], "generate_text": ["step-000006"]}  # the first at step 0
+    assert [p.name for p in checkpoints(run)] == at[where]
+    train(config, run, resume=True)
+    assert len(losses(run)) == 12
+
+
+def test_a_slow_step_is_announced_and_measuring_it_changes_nothing(config, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "warn_of_slow_steps", lambda session: None)
+        train(config, tmp_path / "unmeasured")
+    train(config, tmp_path / "measured")
+    assert "a step of" not in capsys.readouterr().out
+    monkeypatch.setattr(loop, "SLOW_STEP", 0.0)
+    train(config, tmp_path / "announced")
+    before, _, after = capsys.readouterr().out.partition("a step of 4 x 16 tokens will take about 0 s here")
+    assert "step  0" not in before
+    assert "--batch-size" in after.splitlines()[0]
+    assert losses(tmp_path / "unmeasured") == losses(tmp_path / "measured") == losses(tmp_path / "announced")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_way_back(config, tmp_path):
