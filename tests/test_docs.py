@@ -100,6 +100,13 @@ def test_every_file_that_is_named_exists(page: str) -> None:
         assert (ROOT / name).exists() or "NAME" in name, name
 
 
+def test_the_design_page_knows_every_file() -> None:
+    named = set(re.findall(r"\b[a-z]\w*\.py\b", PAGES["docs/design.md"]))
+    folders = ("kernels", "data", "gpt", "gpt/train")
+    assert {path.name for folder in folders for path in (ROOT / folder).glob("[a-z]*.py")} <= named
+    assert named <= {path.name for path in [*SOURCES, *(ROOT / "tests").glob("*.py")]}
+
+
 # ---- README
 
 
