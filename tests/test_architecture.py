@@ -18,7 +18,7 @@ ALLOWED = {
 }
 FILES = {
     path.relative_to(ROOT).as_posix(): path
-    for folder in (*ALLOWED, "tests", "tools")
+    for folder in (*ALLOWED, "tests", "tools", "examples")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
