@@ -26,10 +26,10 @@ from ...kernels.backend import OPERATORS
 from ...kernels.examples import full_size, parity
 from .. import record, suite
 from ..ops import run as ops
+from ..parts import Options, Part, Row, part_main, run_parts
 from ..step.sizes import workload
 from ..tiles import sweep as tile_sweep
 from ..timing import full_rows, require_gpu
-from .parts import Options, Part, Row, part_main, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -196,7 +196,7 @@ def wrong(name: str, found: Row) -> bool:
 
 def summary(found: Row) -> Iterator[str]:
     """A short table: what each part found, what is wrong, and the times."""
-    yield suite.about(found)
+    yield record.about(found)
     for clocks in found["clocks"]:
         if clocks:
             yield clocks
@@ -215,7 +215,7 @@ def summary(found: Row) -> Iterator[str]:
     yield from ops.summary(rows_of("ops", found))
     for name in suite.MEASUREMENTS:
         if rows := rows_of(name, found):
-            yield from ("", *suite.table(name, rows))
+            yield from ("", *suite.lines(name, rows))
     if rows := rows_of("tiles", found):
         yield from ("", "tiles, to paste into kernels/tiles.py:", *(row["row"] for row in rows))
 

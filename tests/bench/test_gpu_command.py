@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench.gpu import parts
+from fusedgpt.bench import parts, table
 from fusedgpt.bench.gpu import run as gpu
 from fusedgpt.bench.step import step
 from fusedgpt.bench.step.sizes import workload
@@ -183,7 +183,7 @@ def test_the_measurements_are_shown_as_their_commands_show_them(capsys: pytest.C
     row = step.Row("step", "tiny", "fusedgpt", 12.5, 1000.0, 1.0, 0.25, 1.5, 4.2)
     found = {"versions": {}, "commit": "x", "clocks": [None], "parts": {"step": {"seconds": 1}}}
     lines = list(gpu.summary(found | {"rows": [{"benchmark": "step", **asdict(row)}]}))
-    assert lines[-1] == step.line(row)
+    assert lines[-1] == table.line(step.COLUMNS, asdict(row))
 
 
 def test_the_sweep_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
