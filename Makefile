@@ -41,7 +41,7 @@ check: $(LINK)/fusedgpt
 	$(prepare) test parquet
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy -p fusedgpt.gpt -p fusedgpt.data -p fusedgpt.kernels
+	$(PYTHON) -m mypy -p fusedgpt.gpt -p fusedgpt.data -p fusedgpt.kernels -p fusedgpt.bench
 
 bench: $(LINK)/fusedgpt
 	$(prepare) bench

@@ -1,50 +1,45 @@
-"""`python -m fusedgpt.bench readme`: README's measured tables and docs' pictures, from the newest committed results.
+"""`python -m fusedgpt.bench readme`: the measured tables of README.md and docs/benchmarks.md, from committed results.
 
-The text between the two markers in README.md is a function of the results alone; a test holds it to that.
+README gets a short table for each kind of device that has results: our time beside the fastest other implementation.
+docs/benchmarks.md gets all figures and the pictures. The text between the two markers is a function of the results alone; a
+test holds it to that.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .compare import load
-from .record import ROOT, draw
+from .ops.run import OURS, first_sizes, ours_and_fastest_other
+from .record import ROOT, Record, draw, load
 
 BEGIN = "<!-- bench: `python -m fusedgpt.bench readme` writes what follows; never edit it by hand -->\n"
 END = "<!-- /bench -->\n"
-BOTH = "forward + backward"
-NOTHING = "no result yet"
-Record = dict[str, Any]
+Newest = dict[str, tuple[Path, Record]]  # file and record of "gpu" and "cpu", where there is one
 Rows = list[dict[str, Any]]
 
 
 def run_readme(results: Sequence[Path] = (), root: Path = ROOT) -> None:
-    """Rewrite README's block and draw its pictures.
+    """Rewrite the blocks of both files and draw the pictures.
 
     Args:
-        results: records to show; by default those in bench/results, of which the newest for a CPU and a GPU count.
+        results: records to show; by default those in bench/results, of which the newest of a CPU and of a GPU count.
         root: the repository.
 
     Raises:
-        ValueError: a file is no record of the bench, or README has no block.
+        ValueError, OSError: a file is no record of the bench, or README.md or docs/benchmarks.md has no block.
     """
-    files = list(results) or sorted((root / "bench" / "results").glob("*.json"))
-    newest = newest_results(files)
-    readme = root / "README.md"
-    text = readme.read_text()
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{readme} lacks the lines {BEGIN.strip()} and {END.strip()}")
+    newest = newest_results(list(results) or sorted((root / "bench" / "results").glob("*.json")))
     for kind, (_, record) in newest.items():
         draw(record, root / "docs", f"bench-{kind}-")
-    readme.write_text(before + BEGIN + block(newest, root) + END + after)
-    print(f"{readme}: {', '.join(str(file) for file, _ in newest.values()) or 'there are no results'}")
+    texts = {root / name: _replaced(root / name, block) for name, block in blocks(newest, root).items()}
+    for file, text in texts.items():
+        file.write_text(text)
+        print(f"{file}: {', '.join(str(result) for result, _ in newest.values()) or 'there are no results'}")
 
 
-def newest_results(files: Sequence[Path]) -> dict[str, tuple[Path, Record]]:
-    """The newest record of a GPU and of a CPU, by "gpu" and "cpu"."""
-    found: dict[str, tuple[Path, Record]] = {}
+def newest_results(files: Sequence[Path]) -> Newest:
+    """The newest record of a GPU and of a CPU."""
+    found: Newest = {}
     for file in files:
         record = load(file)
         kind = "gpu" if "cuda" in record["versions"] else "cpu"
@@ -53,32 +48,82 @@ def newest_results(files: Sequence[Path]) -> dict[str, tuple[Path, Record]]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def block(newest: dict[str, tuple[Path, Record]], root: Path) -> str:
-    """What stands between the markers."""
+def blocks(newest: Newest, root: Path) -> dict[str, str]:
+    """The text between the markers, by file."""
+    return {"README.md": short_block(newest), "docs/benchmarks.md": full_block(newest, root / "docs")}
+
+
+def _replaced(file: Path, block: str) -> str:
+    """The file's text with another block between the markers."""
+    before, begin, rest = file.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{file} lacks the lines {BEGIN.strip()} and {END.strip()}")
+    return before + BEGIN + block + END + after
+
+
+def short_block(newest: Newest) -> str:
+    """README's: the training step and every operator beside the fastest other implementation, at the first size."""
     lines: list[str] = []
-    for kind, title in (("gpu", "GPU"), ("cpu", "CPU")):
-        file, record = newest.get(kind, (None, {"rows": []}))
-        lines += [f"**{title}**" + (f": {_about(record)}; `bench/results/{file.name}`" if file else ""), ""]
-        lines += [*_step_table(record["rows"]), "", *_ops_table(record["rows"]), ""]
+    for kind, (_, record) in newest.items():
+        if cells := list(_beside_fastest(record["rows"])):
+            heads = (kind.upper(), "fusedgpt", "fastest other", "its time", "over ours")
+            about = f"{record['versions']['device']}, torch {record['versions']['torch']}, {record['date']}"
+            lines += [*_table(heads, cells), "", f"{about}; operators forward + backward.", ""]
+    return "\n".join(lines)
+
+
+def _beside_fastest(rows: Rows) -> Iterator[tuple[str, ...]]:
+    steps = [row for row in rows if row["benchmark"] == "step" and row["milliseconds"]]
+    groups = {"": (f"training step: {steps[0]['case']}", steps)} if steps and steps[0]["side"] == OURS else {}
+    for work in first_sizes(rows):
+        groups.setdefault(work[0]["name"], (f"{work[0]['name']}: {_sizes(work[0])}", work))
+    for title, group in groups.values():
+        ours, best = ours_and_fastest_other(group)
+        if ours and best:
+            yield title, _ms(ours), best["side"], _ms(best), f"{best['ratio']:.2f}"
+
+
+def _ms(row: dict[str, Any]) -> str:
+    return f"{row['milliseconds']:,.{1 if row['milliseconds'] >= 10 else 3}f} ms"
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in row["sizes"].items() if value)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    for cells in (heads, ["---"] * len(heads), *rows):
+        yield f"| {' | '.join(cells)} |"
+
+
+def full_block(newest: Newest, folder: Path) -> str:
+    """That of docs/benchmarks.md: every table, and the pictures that are in the folder."""
+    lines: list[str] = []
+    for kind, (file, record) in newest.items():
+        title = kind.upper()
+        software = (f"{name} {text}" for name, text in record["versions"].items() if name != "device")
+        about = [
+            record["versions"]["device"],
+            *software,
+            f"commit {record['commit'] or 'unknown'}",
+            record["date"],
+        ]
+        lines += [f"**{title}**: {', '.join(about)}; `bench/results/{file.name}`", ""]
+        lines += [*_step_table(record["rows"]), *_ops_table(record["rows"])]
         for name, text in (
-            ("step", "Training steps beside each other"),
+            ("step", "Training steps of every implementation"),
             ("breakdown", "Time of our step by part"),
-            ("operators", "Every operator beside its peers"),
-            ("attention", "Attention by length of the sequence"),
+            ("operators", "Every operator beside other implementations"),
+            ("attention", "Attention by sequence length"),
         ):
-            picture = Path("docs", f"bench-{kind}-{name}.png")
-            if file and (root / picture).exists():
+            picture = f"bench-{kind}-{name}.png"
+            if (folder / picture).exists():
                 lines += [f"![{text}, {title}]({picture})", ""]
     return "\n".join(lines)
 
 
-def _about(record: Record) -> str:
-    versions = {name: text for name, text in record["versions"].items() if name != "device"}
-    software = ", ".join(f"{name} {text}" for name, text in versions.items())
-    return f"{record['versions']['device']}, {software}, commit {record['commit'] or 'unknown'}, {record['date']}"
-
-
-# what a line of the first table shows: heading, benchmark, figure, how it is written, and the end of the row's case
+# what a line of the step's table shows: heading, benchmark, figure, its format, and the end of the row's case
 LINES = (
     ("training step", "step", "milliseconds", "{:,.1f} ms", ""),
     ("its time over ours", "step", "ratio", "{:.2f}", ""),
@@ -95,19 +140,19 @@ LINES = (
 
 def _step_table(rows: Rows) -> Iterator[str]:
     steps = [row for row in rows if row["benchmark"] == "step"]
-    sides = [row["side"] for row in steps] or ["all sides"]
-    case = steps[0]["case"] if steps else "the step"
-    yield f"| {case} | {' | '.join(sides)} |"
-    yield "|---" * (len(sides) + 1) + "|"
+    names = [row["side"] for row in steps]
+    lines = []
     for heading, benchmark, figure, form, part in LINES:
         found = {
             row["side"]: _text(form, row[figure])
             for row in rows
             if row["benchmark"] == benchmark and row.get(figure) is not None and _is_case(row["case"], part)
         }
-        if found or not rows:
-            cells = [found.get(side, "" if rows else NOTHING) for side in sides]
-            yield f"| {heading} | {' | '.join(cells)} |"
+        if any(name in found for name in names):
+            lines.append([heading, *(found.get(name, "–") for name in names)])
+    if lines:
+        yield from _table([steps[0]["case"], *names], lines)
+        yield ""
 
 
 def _text(form: str, value: float) -> str:
@@ -117,28 +162,24 @@ def _text(form: str, value: float) -> str:
 
 
 def _is_case(case: str, part: str) -> bool:
-    if part:
-        return part in case
-    return not case.endswith((", cold", ", warm"))
+    return part in case if part else not case.endswith((", cold", ", warm"))
 
 
 def _ops_table(rows: Rows) -> Iterator[str]:
-    """Every operator at its first size, forward and backward together, beside the fastest of its peers."""
-    yield "| operator, forward + backward | ours | of the limit | fastest peer | its time over ours |"
-    yield "|---|---|---|---|---|"
-    works: dict[tuple[str, bool], Rows] = {}
-    for row in rows:
-        if row["benchmark"] == "ops" and row.get("direction") == BOTH and row["milliseconds"]:
-            work = works.setdefault((row["name"], bool(row["sizes"].get("p"))), [])
-            if not work or work[0]["case"] == row["case"]:
-                work.append(row)
-    for (name, _), work in works.items():
-        ours = next((row for row in work if row["side"].startswith("fusedgpt")), None)
-        peers = [row for row in work if row is not ours and "matmuls" not in row["side"]]
-        best = min(peers, key=lambda row: row["milliseconds"], default=None)
-        sizes = ", ".join(f"{key} {value:g}" for key, value in work[0]["sizes"].items() if value)
-        mine = (f"{ours['milliseconds']:.3f} ms", f"{ours['share']:.0%}") if ours else ("not timed", "")
-        theirs = (best["side"], f"{best['ratio']:.2f}" if best["ratio"] else "") if best else ("none", "")
-        yield f"| {name}: {sizes} | {' | '.join((*mine, *theirs))} |"
-    if not works:
-        yield f"| all of them | {NOTHING} | | | |"
+    """Every operator at its first size, forward + backward, without dropout and with, beside the fastest other one."""
+    lines = []
+    for work in first_sizes(rows):
+        ours, best = ours_and_fastest_other(work)
+        mine = [f"{ours['milliseconds']:.3f} ms", f"{ours['share']:.0%}"] if ours else ["not timed", "–"]
+        theirs = [best["side"], f"{best['ratio']:.2f}" if best["ratio"] else "–"] if best else ["none", "–"]
+        lines.append([f"{work[0]['name']}: {_sizes(work[0])}", *mine, *theirs])
+    if lines:
+        heads = (
+            "operator, forward + backward",
+            "ours",
+            "of the limit",
+            "fastest other",
+            "its time over ours",
+        )
+        yield from _table(heads, lines)
+        yield ""

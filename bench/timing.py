@@ -1,6 +1,5 @@
-"""How times are taken: sides that take turns, medians, device events, and inputs too many for the cache to keep."""
+"""Timing: implementations take turns, medians, device events; and the GPU to time on."""
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -8,25 +7,21 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..gpt.device import find_gpu
-from ..gpt.doctor import driver
 from ..kernels import _triton
 from ..kernels.backend import unusable
-from ..kernels.selfcheck import ptxas_version
-from ..kernels.tiles import hardware
 
 Call = Callable[[int], object]  # does the work once, on the inputs of that number
 
 _BURST = 5  # rounds that are queued on a device at once
-_HEAD_START = (
-    20_000_000  # clock cycles, about 10 ms: the host queues a burst meanwhile, so no launch is waited for
-)
+# clock cycles, about 10 ms, in which the host queues a burst: the device never waits for a launch
+_HEAD_START = 20_000_000
 
 
 def medians(calls: Sequence[Call], device: torch.device, rounds: int, warm_up: int = 3) -> list[float]:
     """The median time of each call in milliseconds.
 
-    They take turns, so a machine whose speed drifts favours none; another one begins each round, and none gets the inputs
-    that the one before it has just left in the caches.
+    They take turns, so a drift of the machine's speed favours none. Another one begins each round, and none gets the inputs
+    that the call before has just left in the caches.
     """
     samples: list[list[float]] = [[] for _ in calls]
     for i in range(warm_up):
@@ -58,12 +53,19 @@ def medians(calls: Sequence[Call], device: torch.device, rounds: int, warm_up: i
     return [statistics.median(times) for times in samples]
 
 
-def _turns(i: int, sides: int) -> list[int]:
-    return [(i + turn) % sides for turn in range(sides)]
+def _turns(i: int, calls: int) -> list[int]:
+    return [(i + turn) % calls for turn in range(calls)]
+
+
+def failure(error: BaseException) -> str:
+    """Why an implementation has no figures, in a line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return f"failed: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second, read and written together, of copying a tensor far larger than the caches."""
+    """Bytes a second, read plus written, of copying a tensor far larger than the caches."""
     size = min(2**30, memory(device) // 8) if device.type == "cuda" else 2**26
     tensors = [torch.randint(256, (size,), dtype=torch.uint8, device=device) for _ in range(2)]
     (milliseconds,) = medians([lambda _: tensors[0].copy_(tensors[1])], device, 20)
@@ -79,7 +81,7 @@ def matmul_rate(device: torch.device) -> float:
 
 
 def memory(device: torch.device) -> int:
-    """Bytes of memory that a GPU has."""
+    """Bytes of a GPU's memory."""
     return torch.cuda.get_device_properties(device).total_memory
 
 
@@ -105,20 +107,3 @@ def require_gpu() -> torch.device:
     if obstacle := unusable(device):
         raise ValueError(f"this needs a GPU that Triton kernels run on: {obstacle}")
     return device
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    """What a result depends on: the device and the software under it."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    if _triton.MISSING is None:
-        found["triton"] = _triton.triton.__version__
-    if device.type != "cuda":
-        return {"device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads", **found}
-    ptxas = ptxas_version(hardware(device).architecture)
-    return {
-        "device": torch.cuda.get_device_name(device),
-        "driver": driver(),
-        **found,
-        "cuda": torch.version.cuda or f"ROCm {torch.version.hip}",
-        **({"ptxas": ptxas} if ptxas else {}),
-    }

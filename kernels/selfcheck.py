@@ -1,63 +1,18 @@
-"""Is every operator right on this machine? A parity check in seconds, and what is known of the compiler under it.
+"""Is every operator right on this machine? A parity check in seconds, and what is known about the compiler.
 
-`gpt doctor` prints it. The rule is that of the tests: against float64, a kernel may err twice as much as plain PyTorch
-in the same dtype, and by one unit in the last place of the largest value.
+`gpt doctor` prints it. The rule is that of the tests, `examples.compare`.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import _triton
-from .backend import OPERATORS, choose, requested, use_backend
-from .ops.attention.operator import causal_attention
-from .ops.cross_entropy import linear_cross_entropy
-from .ops.dropout import dropout
-from .ops.embedding import embed
-from .ops.layer_norm.operator import add_layer_norm, layer_norm
-from .ops.linear import linear
-from .ops.mlp.operator import gelu_mlp
+from .backend import OPERATORS, choose, requested
+from .examples import SMALL, parity
 
 FIXED_PTXAS = (13, 3)  # earlier ones can miscompile Hopper matmuls whose first operand is in registers
-
-B, T, C, V = 2, 70, 96, 131  # uneven on purpose
-_Tensors = dict[str, Tensor]
-# the shapes of an operator's floating arguments, a call of it; t also holds "seed", "ids" (B, T) and "targets" (B · T)
-Example = tuple[dict[str, tuple[int, ...]], Callable[[_Tensors], Tensor | tuple[Tensor, ...]]]
-
-EXAMPLES: dict[str, Example] = {
-    "embed": (
-        {"wte": (V, C), "wpe": (T, C)},
-        lambda t: embed(t["ids"], t["wte"], t["wpe"], 0.1, t["seed"], 1),
-    ),
-    "layer_norm": (
-        {"x": (B, T, C), "weight": (C,), "bias": (C,)},
-        lambda t: layer_norm(t["x"], t["weight"], t["bias"]),
-    ),
-    "add_layer_norm": (
-        {"x": (B, T, C), "residual": (B, T, C), "weight": (C,), "bias": (C,), "x_bias": (C,)},
-        lambda t: add_layer_norm(
-            t["x"], t["residual"], t["weight"], t["bias"], 1e-5, 0.1, t["seed"], 2, t["x_bias"]
-        ),
-    ),
-    "linear": (
-        {"x": (B, T, C), "weight": (V, C), "bias": (V,)},
-        lambda t: linear(t["x"], t["weight"], t["bias"]),
-    ),
-    "attention": ({"qkv": (B, T, 3 * C)}, lambda t: causal_attention(t["qkv"], 3, 0.1, t["seed"], 3)),
-    "gelu_mlp": (
-        {"x": (B, T, C), "w_fc": (4 * C, C), "b_fc": (4 * C,), "w_proj": (C, 4 * C), "b_proj": (C,)},
-        lambda t: gelu_mlp(t["x"], t["w_fc"], t["b_fc"], t["w_proj"], t["b_proj"]),
-    ),
-    "linear_cross_entropy": (
-        {"x": (B * T, C), "weight": (V, C)},
-        lambda t: linear_cross_entropy(t["x"], t["weight"], t["targets"], V - 3),
-    ),
-    "dropout": ({"x": (B, T, C)}, lambda t: dropout(t["x"], 0.1, t["seed"], 4)),
-}
 
 
 class Check(NamedTuple):
@@ -87,52 +42,12 @@ def _check(operator: str, device: torch.device, dtype: torch.dtype) -> Check:
     backend, reason = requested(), ""
     try:
         backend, reason = choose(operator, torch.empty(1, dtype=dtype, device=device))
-        error, tolerance = parity(EXAMPLES[operator], device, dtype)
-    except (
-        Exception
-    ) as failure:  # whatever a compiler, a driver or a launch may throw; the others are still checked
+        result = parity(SMALL[operator], device, dtype)
+    # whatever a compiler, a driver or a launch may throw; the others are still checked
+    except Exception as failure:
         line = (str(failure).strip().splitlines() or [""])[0]
         return Check(operator, backend, f"{type(failure).__name__}: {line}", math.nan, math.nan, False)
-    return Check(operator, backend, reason, error, tolerance, error <= tolerance)
-
-
-def parity(example: Example, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
-    """The error of the output or gradient that comes closest to what it is allowed, and that.
-
-    Both are relative to the largest value of the tensor in float64.
-    """
-    ours = _run(example, device, dtype, dtype)
-    with use_backend("torch"):
-        plain = _run(example, device, dtype, dtype)
-        exact = _run(example, device, dtype, torch.float64)
-    worst = (0.0, 1.0)
-    for a, b, truth in zip(ours, plain, exact, strict=True):
-        largest = truth.abs().max().item()
-        error, allowed = ((t.double() - truth).abs().max().item() / largest for t in (a, b))
-        tolerance = 2 * allowed + torch.finfo(a.dtype).eps
-        if not error / tolerance <= worst[0] / worst[1]:  # NaN counts as worst
-            worst = (error, tolerance)
-    return worst
-
-
-def _run(example: Example, device: torch.device, rounded: torch.dtype, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and gradients of the example, for values representable in `rounded`, computed in `dtype`."""
-    generator = torch.Generator(device).manual_seed(0)
-
-    def drawn(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device).to(rounded).to(dtype)
-
-    shapes, call = example
-    tensors: _Tensors = {
-        "seed": torch.tensor([1234567890123], device=device),
-        "ids": torch.randint(V, (B, T), generator=generator, device=device),
-        "targets": torch.randint(V - 3, (B * T,), generator=generator, device=device),
-    }
-    inputs = {name: drawn(shape, dtype).requires_grad_() for name, shape in shapes.items()}
-    result = call(tensors | inputs)
-    outputs = result if isinstance(result, tuple) else (result,)
-    incoming = [drawn(y.shape, y.dtype) for y in outputs]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, list(inputs.values()), incoming)]
+    return Check(operator, backend, reason, *result, result.ok)
 
 
 def ptxas_version(architecture: str) -> str | None:

@@ -18,111 +18,22 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ...kernels import (
-    add_layer_norm,
-    causal_attention,
-    dropout,
-    embed,
-    gelu_mlp,
-    layer_norm,
-    linear,
-    linear_cross_entropy,
-    use_backend,
-)
+from ...kernels import use_backend
 from ...kernels.backend import OPERATORS
-from ...kernels.selfcheck import Example, parity
+from ...kernels.examples import full_size, parity
 from .. import record, suite
 from ..ops import run as ops
+from ..parts import Options, Part, Row, part_main, run_parts
 from ..step.sizes import workload
 from ..tiles import sweep as tile_sweep
 from ..timing import full_rows, require_gpu
-from .parts import Options, Part, Row, part_main, run_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SECONDS = 465.0  # of all parts together: within eight minutes
-
-
-def full_size(operator: str, rows: int) -> dict[str, Example]:
-    """The operator at the sizes of GPT-2's training, with all that its kernels can do; an operator joins by a line."""
-
-    def norm(columns: int) -> Example:
-        shapes = {"x": (rows, columns), "weight": (columns,), "bias": (columns,)}
-        return shapes, lambda t: layer_norm(t["x"], t["weight"], t["bias"])
-
-    def add(columns: int, p: float) -> Example:
-        big, small = (rows, columns), (columns,)
-        shapes = {"x": big, "residual": big, "weight": small, "bias": small, "x_bias": small}
-        return shapes, lambda t: add_layer_norm(
-            t["x"], t["residual"], t["weight"], t["bias"], 1e-5, p, t["seed"], 2, t["x_bias"]
-        )
-
-    def heads(length: int, width: int, n_head: int, p: float) -> Example:
-        # a batch of 4: the float64 side holds the T x T matrices of all heads
-        shapes: dict[str, tuple[int, ...]] = {"qkv": (4, length, 3 * width)}
-        return shapes, lambda t: causal_attention(t["qkv"], n_head, p, t["seed"], 1)
-
-    def project(columns: int, out: int) -> Example:
-        shapes = {"x": (rows, columns), "weight": (out, columns), "bias": (out,)}
-        return shapes, lambda t: linear(t["x"], t["weight"], t["bias"])
-
-    def tables(columns: int, p: float) -> Example:
-        length, vocabulary = min(rows, 1024), min(16 * rows, 50304)
-
-        def call(t: dict[str, torch.Tensor]) -> torch.Tensor:
-            row = torch.arange(rows, device=t["wte"].device)
-            ids = torch.where(
-                row % 20 == 0, 11, row * 7919 % vocabulary
-            )  # a token that is a twentieth of all
-            return embed(ids.view(-1, length), t["wte"], t["wpe"], p, t["seed"], 1)
-
-        return {"wte": (vocabulary, columns), "wpe": (length, columns)}, call
-
-    def mlp(columns: int, **options: Any) -> Example:
-        hidden = 4 * columns
-        shapes: dict[str, tuple[int, ...]] = {"x": (rows, columns), "w_fc": (hidden, columns)}
-        shapes |= {"b_fc": (hidden,), "w_proj": (columns, hidden), "b_proj": (columns,)}
-        # a power of two, so that it rounds nothing: pre-activations where GELU bends
-        return shapes, lambda t: gelu_mlp(
-            t["x"], t["w_fc"] / 32, t["b_fc"], t["w_proj"] / 32, t["b_proj"], **options
-        )
-
-    def head(n: int, c: int) -> Example:
-        def losses(t: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-            ids = (torch.arange(n, device=t["x"].device) + 1) * 40503 % 50257
-            ids = ids.masked_fill(ids % 9 == 0, -100)
-            x = t["x"] / 32  # exact, and makes logits near 1
-            return (
-                linear_cross_entropy(x, t["weight"], ids, 50257),
-                linear_cross_entropy(x, t["weight"], ids, 50257, -100, "none", 0.1, 1e-4),
-            )
-
-        return {"x": (n, c), "weight": (50304, c)}, losses
-
-    some = max(rows // 8, 1)  # the float64 side holds the logits of all rows
-    widths = (768, 1024, 1280, 1600)
-    examples: dict[str, dict[str, Example]] = {
-        "embed": {f"{rows} x {c}, p = {p}": tables(c, p) for c, p in ((768, 0.0), (1600, 0.1))},
-        "layer_norm": {f"{rows} x {c}": norm(c) for c in widths},
-        "add_layer_norm": {f"{rows} x {c}, p = {p}": add(c, p) for c in widths for p in (0.0, 0.1)},
-        "linear": {f"{rows} x {c} to {n}": project(c, n) for c, n in ((768, 2304), (1600, 1600))},
-        "attention": {
-            f"4 x {min(t, rows)} x 3 x {c}, {h} heads, p = {p}": heads(min(t, rows), c, h, p)
-            for t, c, h in ((1024, 768, 12), (777, 1600, 25), (1024, 1024, 8))
-            for p in (0.0, 0.1)
-        },
-        "gelu_mlp": {
-            **{f"{rows} x {c}": mlp(c) for c in widths},
-            f"{rows} x 768, exact, recomputed": mlp(768, approximate="none", recompute=True),
-        },
-        "linear_cross_entropy": {f"{some} x 768 x 50304": head(some, 768)},
-        "dropout": {f"{rows} x 768": ({"x": (rows, 768)}, lambda t: dropout(t["x"], 0.1, t["seed"], 4))},
-    }
-    return examples[operator]
 
 
 # ---- the parts: what each finds, as it finds it
@@ -147,17 +58,17 @@ def check_parity(options: Options) -> Iterator[Row]:
     device = require_gpu()
     rows = options.get("rows") or full_rows(device)
     dtypes = [getattr(torch, name) for name in options.get("dtypes", ())] or DTYPES
-    for operator in options.get("operators") or OPERATORS:
-        for name, example in full_size(operator, rows).items():
-            for dtype in dtypes:
-                what = {"operator": operator, "shape": name, "dtype": str(dtype)[6:]}
-                try:
-                    with use_backend("triton"):
-                        error, allowed = parity(example, device, dtype)
-                except Exception as failure:  # whatever a launch may throw; the others are still checked
-                    yield {**what, "ok": False, "message": f"{type(failure).__name__}: {failure}"[:400]}
-                    continue
-                yield {**what, "error": error, "allowed": allowed, "ok": error <= allowed}
+    operators = options.get("operators") or OPERATORS
+    examples = [example for example in full_size(rows) if example.operator in operators]
+    for example, dtype in itertools.product(examples, dtypes):
+        what = {"operator": example.operator, "shape": example.size, "dtype": str(dtype)[6:]}
+        try:
+            with use_backend("triton"):
+                found = parity(example, device, dtype)
+        except Exception as failure:  # whatever a launch may throw; the others are still checked
+            yield {**what, "ok": False, "message": f"{type(failure).__name__}: {failure}"[:400]}
+            continue
+        yield {**what, **found._asdict(), "ok": found.ok}
 
 
 def run_tests(options: Options) -> Iterator[Row]:
@@ -285,7 +196,7 @@ def wrong(name: str, found: Row) -> bool:
 
 def summary(found: Row) -> Iterator[str]:
     """A short table: what each part found, what is wrong, and the times."""
-    yield suite.about(found)
+    yield record.about(found)
     for clocks in found["clocks"]:
         if clocks:
             yield clocks
@@ -304,7 +215,7 @@ def summary(found: Row) -> Iterator[str]:
     yield from ops.summary(rows_of("ops", found))
     for name in suite.MEASUREMENTS:
         if rows := rows_of(name, found):
-            yield from ("", *suite.table(name, rows))
+            yield from ("", *suite.lines(name, rows))
     if rows := rows_of("tiles", found):
         yield from ("", "tiles, to paste into kernels/tiles.py:", *(row["row"] for row in rows))
 

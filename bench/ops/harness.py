@@ -1,4 +1,4 @@
-"""One operator's work set up once: the same tensors for the comparison with float64, the times and the memory of all sides."""
+"""One work set up: the same tensors for the comparison with float64, the times and the memory of all implementations."""
 
 import math
 from functools import cached_property
@@ -9,30 +9,31 @@ import torch._functorch.config
 from torch import Tensor
 
 from ...kernels import use_backend
+from ...kernels.examples import IGNORED, as_tuple, draw
 from ..timing import Call
-from .cases import Side, Work
-from .inputs import relative_error, tensors
+from .cases import Implementation, Work
+from .dropout_check import relative_error
 
-# The relative error (norm of the difference over norm) up to which a side is taken to compute the same, in units in the
-# last place of its dtype: room for sums of thousands of terms in it, none for one that computes something else.
+# The relative error (norm of the difference over norm) up to which an implementation is timed, in units in the last place of
+# its dtype. Wider than the rule for our kernels (`examples.compare`): others may sum thousands of terms in another order or
+# round in other places, but may not compute something else.
 TOLERANCE = {torch.bfloat16: 8, torch.float16: 16, torch.float32: 64}
-FORWARD, BACKWARD, BOTH = DIRECTIONS = ("forward", "backward", "forward + backward")
-IGNORED = -100  # the target that does not count
+FORWARD, BACKWARD, BOTH = ("forward", "backward", "forward + backward")
 
 
 class Inputs(NamedTuple):
     activations: list[Tensor]
     masters: list[Tensor]  # float32 parameters
     parameters: list[Tensor]  # the same in the activations' dtype
-    indices: list[Tensor]
-    incoming: list[Tensor]  # gradients, one an output
+    integers: list[Tensor]  # without the seed
+    incoming: list[Tensor]  # gradients of the outputs
 
-    def leaves(self, side: Side) -> list[Tensor]:
-        return [*self.activations, *(self.masters if side.masters else self.parameters)]
+    def leaves(self, implementation: Implementation) -> list[Tensor]:
+        return [*self.activations, *(self.masters if implementation.masters else self.parameters)]
 
 
 class Setup:
-    """The tensors of a work, several sets where a cache could keep one, and what its sides do with them."""
+    """The tensors of a work, several sets where a cache could hold one, and the calls that implementations make on them."""
 
     def __init__(self, work: Work, dtype: torch.dtype, device: torch.device) -> None:
         self.work, self.dtype, self.device = work, dtype, device
@@ -42,72 +43,70 @@ class Setup:
             # Dynamo counts how often it compiled a function, whatever it closes over, and soon gives up on it
             torch._dynamo.reset()
             torch.cuda.empty_cache()
-        shapes = (*work.activations, *work.parameters)
-        size = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+        shapes = [*work.example.activations.values(), *work.example.parameters.values()]
+        size = sum(map(math.prod, shapes)) * dtype.itemsize
         cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 2**25
         count = min(8, math.ceil(4 * cache / size))
         self.sets = [self._inputs(seed) for seed in range(count)]
 
     def _inputs(self, seed: int) -> Inputs:
+        example = self.work.example
+        drawn = draw(example, self.device, self.dtype, torch.float32, self.dtype, seed)
+        masters = [drawn[name] for name in example.parameters]
         generator = torch.Generator(self.device).manual_seed(seed)
-
-        def drawn(shape: tuple[int, ...]) -> Tensor:
-            return torch.randn(shape, generator=generator, device=self.device)
-
-        def weight(shape: tuple[int, ...]) -> Tensor:
-            return (drawn(shape) / math.sqrt(shape[-1] if len(shape) > 1 else 1)).to(self.dtype)
-
-        work = self.work
-        parameters = [weight(shape).requires_grad_() for shape in work.parameters]
         return Inputs(
-            [drawn(shape).to(self.dtype).requires_grad_() for shape in work.activations],
-            [t.detach().float().requires_grad_() for t in parameters],
-            parameters,
+            [drawn[name] for name in example.activations],
+            masters,
+            [t.detach().to(self.dtype).requires_grad_() for t in masters],
+            [drawn[name] for name in example.integers if name != "seed"],
             [
-                torch.randint(high, shape, generator=generator, device=self.device)
-                for shape, high in work.indices
-            ],
-            [
-                drawn(shape).to(self.dtype) if shape else torch.ones((), device=self.device)
-                for shape in work.outputs
+                torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
+                if shape
+                else torch.ones((), device=self.device)
+                for shape in self.work.outputs
             ],
         )
 
     # ---- what is timed
 
-    def forward(self, side: Side) -> Call:
-        """Makes the outputs; without gradients where some sides would make those too."""
+    def forward(self, implementation: Implementation) -> Call:
+        """Compute the outputs; without gradients where some implementations would compute those too."""
 
         def call(i: int) -> object:
             inputs = self.sets[i % len(self.sets)]
             with torch.set_grad_enabled(not self.work.at_once):
-                return side.call(*inputs.leaves(side), *inputs.indices)
+                return implementation.call(*inputs.leaves(implementation), *inputs.integers)
 
         return call
 
-    def backward(self, side: Side) -> Call:
-        """Makes the gradients of outputs that are there already."""
-        graphs = [(outputs_of(side, inputs), inputs.leaves(side), inputs.incoming) for inputs in self.sets]
+    def backward(self, implementation: Implementation) -> Call:
+        """Compute the gradients of outputs that exist already."""
+        graphs = [
+            (outputs_of(implementation, inputs), inputs.leaves(implementation), inputs.incoming)
+            for inputs in self.sets
+        ]
 
         def call(i: int) -> object:
             return gradients(*graphs[i % len(graphs)], retain_graph=True)
 
         return call
 
-    def both(self, side: Side) -> Call:
-        """Outputs, then gradients."""
+    def both(self, implementation: Implementation) -> Call:
+        """Compute outputs, then gradients."""
 
         def call(i: int) -> object:
             inputs = self.sets[i % len(self.sets)]
-            return gradients(outputs_of(side, inputs), inputs.leaves(side), inputs.incoming)
+            return gradients(
+                outputs_of(implementation, inputs), inputs.leaves(implementation), inputs.incoming
+            )
 
         return call
 
-    def call(self, direction: str, side: Side) -> Call:
-        return {FORWARD: self.forward, BACKWARD: self.backward, BOTH: self.both}[direction](side)
+    def call(self, direction: str, implementation: Implementation) -> Call:
+        return {FORWARD: self.forward, BACKWARD: self.backward, BOTH: self.both}[direction](implementation)
 
     def matmuls(self, direction: str) -> Call:
-        """Nothing but the products with weights that the work needs, by the library."""
+        """Compute only the products with weights that the work needs, by the library."""
 
         def drawn(*shape: int) -> Tensor:
             return torch.randn(shape, device=self.device).to(self.dtype)
@@ -125,10 +124,10 @@ class Setup:
         return call
 
     def peak(self, call: Call) -> int | None:
-        """Bytes in use at most during a call, above those before it; None on a CPU, which does not count them.
+        """Peak bytes during a call above those before it; None on a CPU, which does not count them.
 
-        The call is made twice: what is made once, a workspace for example, is there by then, and a graph that is good for
-        one backward only fails here, not among the others' timings.
+        The call is made twice: what is allocated once, a workspace for example, exists by then, and a graph that allows only
+        one backward fails here, not during the timings of all.
         """
         call(0)
         if self.device.type != "cuda":
@@ -141,19 +140,19 @@ class Setup:
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - before
 
-    # ---- is it right?
+    # ---- correctness
 
-    def error(self, side: Side) -> float:
-        """The largest relative error of the side's outputs and gradients against our reference in float64."""
+    def error(self, implementation: Implementation) -> float:
+        """The largest relative error of outputs and gradients against our reference in float64."""
         inputs = self._checked
-        if side.draws:
-            assert self.work.drawn is not None
-            return self.work.drawn.error(side.call, inputs.leaves(side))
-        found = list(outputs_of(side, inputs))
-        if side.backward:
-            found += gradients(tuple(found), inputs.leaves(side), inputs.incoming)
-        kept, some = self.work.checked, len(self.work.outputs) + len(self.work.activations)
-        rows = [t[kept] if t.dim() and n < some else t for n, t in enumerate(found)]
+        if implementation.draws:
+            assert self.work.dropout_check is not None
+            return self.work.dropout_check.error(implementation.call, inputs.leaves(implementation))
+        found = list(outputs_of(implementation, inputs))
+        if implementation.backward:
+            found += gradients(tuple(found), inputs.leaves(implementation), inputs.incoming)
+        kept, by_row = self.work.checked, len(self.work.outputs) + len(self.work.example.activations)
+        rows = [t[kept] if t.dim() and n < by_row else t for n, t in enumerate(found)]
         return relative_error(rows, self._exact[: len(rows)])
 
     def right(self, error: float) -> bool:
@@ -161,15 +160,15 @@ class Setup:
 
     @cached_property
     def _checked(self) -> Inputs:
-        """The first set, in which rows that are not compared count for nothing: not in a loss, nor in parameters' gradients."""
+        """The first set, in which rows that are not compared have no influence on a loss or on parameters' gradients."""
         inputs, kept = self.sets[0], self.work.checked
         if kept == slice(None):
             return inputs
         incoming = [_only(gradient, kept, 0) if gradient.dim() else gradient for gradient in inputs.incoming]
-        indices = inputs.indices
+        integers = inputs.integers
         if self.work.at_once:
-            indices = [_only(targets, kept, IGNORED) for targets in indices]
-        return inputs._replace(incoming=incoming, indices=indices)
+            integers = [_only(targets, kept, IGNORED) for targets in integers]
+        return inputs._replace(incoming=incoming, integers=integers)
 
     @cached_property
     def _exact(self) -> list[Tensor]:
@@ -182,19 +181,19 @@ class Setup:
         doubles = [t.requires_grad_() for t in parts]
         incoming = [t[kept].double() if t.dim() else t.double() for t in inputs.incoming]
         with use_backend("torch"):
-            truth = tensors(self.work.sides[0].call(*doubles, *(t[kept] for t in inputs.indices)))
+            truth = as_tuple(self.work.implementations[0].call(*doubles, *(t[kept] for t in inputs.integers)))
             return [*(y.detach() for y in truth), *torch.autograd.grad(truth, doubles, incoming)]
 
 
 def _only(x: Tensor, rows: slice, other: int) -> Tensor:
-    """x in those rows, and another value in all else."""
+    """x in those rows, another value in all others."""
     some = torch.full_like(x, other)
     some[rows] = x[rows]
     return some
 
 
-def outputs_of(side: Side, inputs: Inputs) -> tuple[Tensor, ...]:
-    return tensors(side.call(*inputs.leaves(side), *inputs.indices))
+def outputs_of(implementation: Implementation, inputs: Inputs) -> tuple[Tensor, ...]:
+    return as_tuple(implementation.call(*inputs.leaves(implementation), *inputs.integers))
 
 
 def gradients(

@@ -1,15 +1,15 @@
-"""Where the time of our training step goes: every part of it by name, forward and backward.
+"""Where the time of our training step goes: its parts, forward and backward.
 
-The functions of `kernels` that the model calls are wrapped from outside, for as long as the measurement lasts. A wrapped
-call writes a stamp where it begins and where it ends, and puts a node into autograd's graph behind its outputs and one
-before its inputs, so that the backward pass writes the same two stamps when it comes by. Autograd runs the nodes
-in the reverse order of the forward pass, so the parts do not interleave. The time between two stamps belongs to the part that
-the first one begins; so all shares add up to the whole step, and `other` is what no part claims. Stamps are events on
-a GPU's stream, and the host's clock on a CPU.
+The functions of `kernels` that the model calls are wrapped from outside during the measurement. A wrapped call records a
+time stamp where it begins and where it ends, and inserts a node into autograd's graph after its outputs and one before
+its inputs, so that the backward pass records the same two stamps. Autograd runs the nodes in the reverse order of
+the forward pass, so the parts do not interleave. The time between two stamps belongs to the part that the first one begins; so
+all shares add up to the whole step, and `other` is what no part claims. Stamps are events on a GPU's stream, and the host's
+clock on a CPU.
 
 A CUDA graph replays kernels without running Python, so here the step runs uncaptured; the host queues it behind a pause, so
-that no launch is waited for. A GPU idles between the kernels of a step no longer than a captured one does, except where
-the host falls behind.
+the GPU never waits for a launch. It idles between the kernels no longer than in a captured step, except where the host
+falls behind.
 """
 
 import statistics
@@ -53,7 +53,7 @@ class Row:
     name: str  # the part
     case: str
     side: str
-    direction: str  # forward, backward, or empty where there is but one
+    direction: str  # forward, backward, or empty where there is no such distinction
     milliseconds: float
     share: float  # of the step
 
@@ -80,7 +80,7 @@ class Timeline:
         self.stamp(OTHER)
 
     def backward_begins(self) -> None:
-        """Called in the backward pass: from now on parts are in it, and what follows it is the gradients' norm."""
+        """Called in the backward pass: the parts from now on belong to it, and the gradient norm follows it."""
         if self.direction == FORWARD:
             Variable._execution_engine.queue_callback(lambda: self.stamp(CLIP, ONCE))
         self.direction = BACKWARD
@@ -108,7 +108,7 @@ class Timeline:
 
 
 class _Border(Function):
-    """Nothing forward; calls back when the gradients of all these tensors are there."""
+    """The identity; calls back when the gradients of all these tensors have been computed."""
 
     @staticmethod
     def forward(ctx: Any, reached: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -131,7 +131,7 @@ def _watched(function: Callable, part: str, timeline: Timeline) -> Callable:
         timeline.stamp(OTHER)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        # activations alone, the first tensors: a parameter's gradient is accumulated inside the part
+        # activations only: a parameter's gradient is accumulated inside the part
         activations = [i for i, t in enumerate(args) if _is_activation(t)]
         if activations:
             marked = _Border.apply(ends_backward, *(args[i] for i in activations))
@@ -152,7 +152,7 @@ def _is_activation(value: Any) -> bool:
 
 @contextmanager
 def watch(timeline: Timeline) -> Iterator[None]:
-    """Stamps from every training step that is done inside the `with` block."""
+    """Record the stamps of every training step inside the `with` block."""
     with ExitStack() as stack:
         for name, part in PARTS.items():
             wrapped = _watched(getattr(gpt_model, name), part, timeline)
@@ -167,11 +167,11 @@ def watch(timeline: Timeline) -> Iterator[None]:
 
 
 def measure(work: Workload, rounds: int = 20, seconds: float = 20) -> Iterator[Row]:
-    """The parts of our step, the longest first, and with them the whole.
+    """The parts of our step, the longest first.
 
     Args:
         rounds: steps; each part's time is its median over them.
-        seconds: to spend at most, if that is long enough for three.
+        seconds: to spend at most, but at least three steps.
     """
     if work.device.type == "cpu":
         keep_freed_memory()
@@ -191,22 +191,17 @@ def measure(work: Workload, rounds: int = 20, seconds: float = 20) -> Iterator[R
     samples = samples[1:]  # the first built the nodes' classes
     found = {key: statistics.median(sample.get(key, 0.0) for sample in samples) for key in samples[0]}
     whole = sum(found.values())
-    for part in sorted({part for part, _ in found}, key=lambda p: -sum(_of(p, found))):
-        for (name, direction), milliseconds in found.items():
-            if name == part:
-                case = f"{work.case}, {direction}" if direction else work.case
-                yield Row(part, case, ours.name, direction, milliseconds, milliseconds / whole)
+    totals: dict[str, float] = defaultdict(float)
+    for (part, _), milliseconds in found.items():
+        totals[part] += milliseconds
+    for (part, direction), milliseconds in sorted(found.items(), key=lambda item: -totals[item[0][0]]):
+        case = f"{work.case}, {direction}" if direction else work.case
+        yield Row(part, case, ours.name, direction, milliseconds, milliseconds / whole)
 
 
-def _of(part: str, found: dict[tuple[str, str], float]) -> list[float]:
-    return [milliseconds for (name, _), milliseconds in found.items() if name == part]
-
-
-LINE = "{:<36}{:<24}{:<10}{:>9}{:>8}"
-HEADS = ("step", "part", "", "ms", "share")
-
-
-def line(row: Row) -> str:
-    """A row of the table."""
-    case = row.case.removesuffix(f", {row.direction}")
-    return LINE.format(case, row.name, row.direction, f"{row.milliseconds:.2f}", f"{row.share:.1%}")
+COLUMNS = (
+    ("step", "<52", "case", "{}"),
+    ("part", "<24", "name", "{}"),
+    ("ms", ">9", "milliseconds", "{:.2f}"),
+    ("share", ">7", "share", "{:.1%}"),
+)

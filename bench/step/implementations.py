@@ -1,14 +1,15 @@
-"""The sides of the training step: ours and GPT-2 as others implement it, all with the same weights.
+"""Implementations of the training step: ours and GPT-2 as others write it, all with the same weights.
 
-Each peer is optional; one that is not installed is left out by name, never silently.
+All others are optional; one that is not installed is reported by name.
 """
 
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Side:
+class Implementation:
     """A model that trains: `step(inputs, targets)` does all of one step and returns its loss and gradient norm."""
 
     name: str
@@ -37,16 +38,17 @@ class Side:
     step: Step
 
 
-def builders(work: Workload, nanogpt_folder: Path | None = None) -> Iterator[tuple[str, Callable[[], Side]]]:
-    """Every side by its name, ours first, each to be built when its turn comes.
+def builders(
+    work: Workload, nanogpt_folder: Path | None = None
+) -> Iterator[tuple[str, Callable[[], Implementation]]]:
+    """Every implementation by its name, ours first, each to be built when its turn comes.
 
     Raises:
         FileNotFoundError: the folder is no clone of nanoGPT.
     """
     if nanogpt_folder is not None and not (nanogpt_folder / "model.py").is_file():
-        raise FileNotFoundError(
-            f"{nanogpt_folder / 'model.py'} does not exist; --nanogpt takes a clone of nanoGPT"
-        )
+        source = nanogpt_folder / "model.py"
+        raise FileNotFoundError(f"{source} does not exist; --nanogpt takes a clone of nanoGPT")
     yield OURS, lambda: fusedgpt(work)
     if work.device.type == "cuda":
         yield PLAIN, lambda: fusedgpt(work, "torch", captured=False)
@@ -63,14 +65,14 @@ def builders(work: Workload, nanogpt_folder: Path | None = None) -> Iterator[tup
 
 
 def build_model(work: Workload) -> GPT:
-    """Ours, with the weights that every side starts from; drawn on the device, which takes a large one no time."""
+    """Ours, with the weights that every implementation starts from; drawn on the device, where that takes no time."""
     torch.manual_seed(0)
     with torch.device(work.device):
         return GPT(work.config).train()
 
 
 def train_config(work: Workload, captured: bool = True) -> TrainConfig:
-    """What `gpt train` would do the same step with. captured: in CUDA graphs, on a GPU."""
+    """The settings with which `gpt train` does the same step. captured: in CUDA graphs, on a GPU."""
     return TrainConfig(
         batch_size=work.batch,
         dtype=str(work.dtype)[6:],  # type: ignore[arg-type]
@@ -86,8 +88,8 @@ def train_config(work: Workload, captured: bool = True) -> TrainConfig:
     )
 
 
-def fusedgpt(work: Workload, backend: str = "auto", captured: bool = True) -> Side:
-    """Ours, by the training loop's own step, its kernels compiled as that does it.
+def fusedgpt(work: Workload, backend: str = "auto", captured: bool = True) -> Implementation:
+    """Ours: the training loop's own step, its kernels compiled as the loop does it.
 
     Args:
         backend: of the operators.
@@ -106,11 +108,11 @@ def fusedgpt(work: Workload, backend: str = "auto", captured: bool = True) -> Si
         with use_backend(backend):
             return train()
 
-    return Side(OURS if backend == "auto" else PLAIN, model, step)
+    return Implementation(OURS if backend == "auto" else PLAIN, model, step)
 
 
-def compiled(work: Workload) -> Side:
-    """Our model in plain PyTorch through torch.compile, which is how nanoGPT trains: its step without its code."""
+def compiled(work: Workload) -> Implementation:
+    """Our model in plain PyTorch through torch.compile, as nanoGPT trains."""
     model = build_model(work)
     seed = torch.tensor([1], device=work.device)
 
@@ -124,10 +126,10 @@ def compiled(work: Workload) -> Side:
         with use_backend("torch"):
             return forward(inputs, targets)
 
-    return Side(COMPILED, model, _training(model, loss))
+    return Implementation(COMPILED, model, _training(model, loss))
 
 
-def transformers_gpt2(work: Workload, compile: bool = False) -> Side:
+def transformers_gpt2(work: Workload, compile: bool = False) -> Implementation:
     """Hugging Face's GPT2LMHeadModel, under autocast where the activations are not float32.
 
     Raises:
@@ -146,10 +148,10 @@ def transformers_gpt2(work: Workload, compile: bool = False) -> Side:
     name = f"transformers {version('transformers')}"
     if compile:
         name, loss = f"{name}, torch.compile", torch.compile(loss, dynamic=False)
-    return Side(name, theirs, _training(theirs, loss))
+    return Implementation(name, theirs, _training(theirs, loss))
 
 
-def load_transformers(model: GPT) -> nn.Module:
+def load_transformers(model: GPT) -> Any:
     """A GPT2LMHeadModel on the CPU with the weights of `model`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -168,13 +170,13 @@ def load_transformers(model: GPT) -> nn.Module:
         bos_token_id=None,
         eos_token_id=None,
     )
-    theirs: nn.Module = GPT2LMHeadModel(config)
+    theirs = GPT2LMHeadModel(config)
     theirs.load_state_dict(to_transformers(model), strict=False)
     return theirs
 
 
-def nanogpt(work: Workload, folder: Path, compile: bool = False) -> Side:
-    """nanoGPT's model out of a clone of its repository, with biases like GPT-2.
+def nanogpt(work: Workload, folder: Path, compile: bool = False) -> Implementation:
+    """nanoGPT's model from a clone of its repository, with biases like GPT-2.
 
     GPT-2's vocabulary is padded as nanoGPT does by default. It has the exact GELU where GPT-2 has the tanh form, so its
     loss differs in the fourth digit.
@@ -209,11 +211,11 @@ def nanogpt(work: Workload, folder: Path, compile: bool = False) -> Side:
     name = "nanoGPT"
     if compile:
         name, loss = "nanoGPT, torch.compile", torch.compile(loss, dynamic=False)
-    return Side(name, theirs, _training(theirs, loss))
+    return Implementation(name, theirs, _training(theirs, loss))
 
 
 def _training(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
-    """The step around a loss, as PyTorch's users write it, with the fused AdamW."""
+    """The step around a loss, as a user of PyTorch writes it, with the fused AdamW."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": DECAY},
@@ -236,10 +238,10 @@ def _autocast(work: Workload) -> torch.autocast:
     return torch.autocast(work.device.type, work.dtype, enabled=work.dtype != torch.float32)
 
 
-def _load(source: Path) -> ModuleType:
+def _load(source: Path) -> Any:
     spec = importlib.util.spec_from_file_location("nanogpt_model", source)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)  # Dynamo imports it by name
     spec.loader.exec_module(module)
     return module

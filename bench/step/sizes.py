@@ -1,4 +1,4 @@
-"""What a training step of the bench is made of: the model's shape, the batch and the dtype, by the name of a size."""
+"""The training step that is measured: the model's shape, the batch and the dtype, by the name of a size."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ SIZES = (*SMALL, *(name for name in PRESETS if name.startswith("gpt2")))
 
 @dataclass(frozen=True)
 class Workload:
-    """One training step: all that the sides have in common."""
+    """One training step: all that its implementations have in common."""
 
     size: str
     batch: int  # sequences
@@ -51,19 +51,19 @@ class Workload:
 def workload(
     size: str | None = None, device_name: str = "auto", batch: int | None = None, dropout: float = 0.0
 ) -> Workload:
-    """The step of that size on this machine.
+    """The training step of a size on this machine.
 
-    On a GPU the gpt2 sizes have their preset's micro-batch of 1,024 tokens each, an eighth of it where there is less than
-    100 GiB; on a CPU one sequence of 256 tokens.
+    On a GPU the gpt2 sizes have their preset's micro-batch of 1,024 tokens each, an eighth of it below 100 GiB of memory;
+    on a CPU one sequence of 256 tokens.
 
     Args:
-        size: out of SIZES; by default gpt2 on a GPU and tiny on a CPU.
+        size: one of SIZES; by default gpt2 on a GPU and tiny on a CPU.
         device_name: auto, cpu, cuda, cuda:N.
         batch: sequences, instead of the size's own number.
         dropout: all three rates.
 
     Raises:
-        ValueError: an unknown size (the nearest is named), no such device, or a batch or rate that cannot be.
+        ValueError: an unknown size (the nearest is named), no such device, or an invalid batch or rate.
     """
     device = pick_device(device_name)
     size = size or ("gpt2" if device.type == "cuda" else "tiny")
@@ -76,7 +76,7 @@ def workload(
         own, config = SMALL[size]
     elif device.type == "cuda":
         run = preset(size)
-        own, config, recompute = run.train.micro_batch, run.model, run.train.activation_checkpointing
+        own, config, recompute = int(run.train.micro_batch), run.model, run.train.activation_checkpointing
         own = own if memory(device) >= 100 * 2**30 else max(own // 8, 1)
     else:
         own, config = 1, replace(preset(size).model, context_length=256)

@@ -1,8 +1,11 @@
-"""How long one waits for the first training step, in fresh processes: ours, through torch.compile, and transformers.
+"""Seconds until the first training step is finished, in fresh processes: ours, through torch.compile, and transformers.
 
 Cold: the caches of compiled kernels are empty, as on a machine that has never run this. Warm: they hold what the process
-before left. A side that compiles nothing has no such difference on a CPU. Ours starts as `gpt train` does: its kernels are
-compiled in threads while the weights are drawn.
+before left. An implementation that compiles nothing has no such difference on a CPU. Ours starts as `gpt train` does: its
+kernels are compiled in threads while the weights are drawn.
+
+Each process runs `python -m fusedgpt.bench.step.startup IMPLEMENTATION SIZE DEVICE`, which times `import torch` too. So
+nothing that imports torch may stand at the top of this file.
 """
 
 import json
@@ -11,13 +14,14 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..gpu.parts import environment
-from .implementations import COMPILED, OURS, builders
-from .sizes import Workload
+if TYPE_CHECKING:
+    from .sizes import Workload
 
 
 @dataclass
@@ -27,18 +31,22 @@ class Row:
     name: str
     case: str
     side: str
-    seconds: float | None = None  # from `import torch` done to the first step finished; None: `note` says why
+    seconds: float | None = (
+        None  # from the end of `import torch` to that of the first step; None: `note` says why
+    )
     import_torch: float | None = None  # seconds
     ratio: float | None = None  # its seconds over ours in the same state of the caches
     runs: int = 0
     note: str = ""
 
 
-def measure(work: Workload, runs: int = 3) -> Iterator[Row]:
-    """Every side, cold and where that differs warm.
+def measure(work: "Workload", runs: int = 3) -> Iterator[Row]:
+    """Every implementation, cold and, where that differs, warm.
 
-    runs: processes a figure; torch.compile's has one that is cold and one less that are warm.
+    runs: processes a figure; torch.compile has one cold process and one less than `runs` that are warm.
     """
+    from .implementations import COMPILED, OURS, builders
+
     gpu = work.device.type == "cuda"
     theirs = [name for name, _ in builders(work) if name.startswith("transformers") and "," not in name]
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,53 +59,73 @@ def measure(work: Workload, runs: int = 3) -> Iterator[Row]:
         cases += [(name, "", runs) for name in theirs]
         cases += [(COMPILED, "cold", 1)] + ([(COMPILED, "warm", runs - 1)] if runs > 1 else [])
         ours: dict[str, float] = {}
-        for side, state, times in cases:
-            row = Row("startup", f"{work.case}{', ' if state else ''}{state}", side)
+        for name, state, times in cases:
+            row = Row("startup", f"{work.case}{', ' if state else ''}{state}", name)
             found = []
             try:
                 for run in range(times):
                     folders = {
                         "TORCHINDUCTOR_CACHE_DIR": inductor
-                    }  # torch.compile's Triton kernels are there too
-                    if side == OURS:
+                    }  # holds torch.compile's Triton kernels too
+                    if name == OURS:
                         folders["TRITON_CACHE_DIR"] = caches / f"triton-{run if state == 'cold' else 0}"
-                    found.append(_run(side, work, folders))
+                    found.append(_run(name, work, folders))
             except RuntimeError as error:
                 row.note = str(error)
             if found:
                 row.runs = len(found)
                 row.seconds = statistics.median(each["seconds"] for each in found)
                 row.import_torch = statistics.median(each["import_torch"] for each in found)
-                if side == OURS:
+                if name == OURS:
                     ours[state] = row.seconds
                 beside = ours.get(state) or ours.get("cold") or ours.get("")
                 row.ratio = row.seconds / beside if beside else None
             yield row
 
 
-def _run(side: str, work: Workload, caches: dict[str, Path]) -> dict[str, float]:
+COLUMNS = (
+    ("start", "<50", "case", "{}"),
+    ("implementation", "<36", "side", "{}"),
+    ("import torch", ">12", "import_torch", "{:.1f} s"),
+    ("first step", ">10", "seconds", "{:.1f} s"),
+    ("to ours", ">7", "ratio", "{:.2f}"),
+    ("runs", ">4", "runs", "{}"),
+)
+
+
+def _run(name: str, work: "Workload", caches: dict[str, Path]) -> dict[str, float]:
     """One process.
 
     Raises:
         RuntimeError: it failed; the message is its last line.
     """
-    command = [sys.executable, "-m", "fusedgpt.bench.step.first_step", side, work.size, str(work.device)]
-    variables = environment() | {name: str(folder) for name, folder in caches.items()}
+    from ..parts import environment
+
+    command = [sys.executable, "-m", "fusedgpt.bench.step.startup", name, work.size, str(work.device)]
+    variables = environment() | {variable: str(folder) for variable, folder in caches.items()}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
-    said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [""]
+    last = ((done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or [""])[-1]
     if done.returncode:
-        raise RuntimeError(f"failed: {said[-1]}"[:200])
-    return json.loads(said[-1])
+        raise RuntimeError(f"failed: {last}"[:200])
+    return json.loads(last)
 
 
-HEADS = ("start", "side", "import torch", "first step", "to ours", "runs")
-LINE = "{:<40}{:<38}{:>13}{:>12}{:>9}{:>6}  {}"
+def main(name: str, size: str, device_name: str) -> None:
+    """The fresh process: print the seconds of `import torch`, and those from then to the end of the first step, as JSON."""
+    began = time.perf_counter()
+    import torch
+
+    imported = time.perf_counter()
+    from .implementations import builders
+    from .sizes import workload
+
+    work = workload(size, device_name)
+    loss, _ = dict(builders(work))[name]().step(*next(work.batches()))
+    loss.item()
+    if work.device.type == "cuda":
+        torch.cuda.synchronize(work.device)
+    print(json.dumps({"import_torch": imported - began, "seconds": time.perf_counter() - imported}))
 
 
-def line(row: Row) -> str:
-    """A row of the table."""
-    if row.seconds is None:
-        return LINE.format(row.case, row.side, "", "", "", "", row.note)
-    ratio = f"{row.ratio:.2f}" if row.ratio else ""
-    times = f"{row.import_torch:.1f} s", f"{row.seconds:.1f} s"
-    return LINE.format(row.case, row.side, *times, ratio, row.runs, "").rstrip()
+if __name__ == "__main__":
+    main(*sys.argv[1:])

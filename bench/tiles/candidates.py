@@ -7,14 +7,22 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
-from ...kernels import add_layer_norm, causal_attention, gelu_mlp, linear_cross_entropy
-from ...kernels.selfcheck import Example
+from ...kernels.examples import (
+    Example,
+    Tensors,
+    add_layer_norm,
+    as_tuple,
+    causal_attention,
+    draw,
+    gelu_mlp,
+    linear_cross_entropy,
+)
 from ...kernels.tiles import (
     ANY,
     ATTENTION_FORWARD,
@@ -127,57 +135,46 @@ def _vocabulary(_: Sequence[int]) -> dict[int, Sequence[int]]:
     return {2 * WHOLE: [50304]}
 
 
-Bound = tuple[Callable[[], Any], list[Tensor]]  # a call on full-size tensors, and those that take a gradient
+# Full size: what is timed
 
 
-def _norm(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Bound:
-    """x and residual, then weight, bias and x_bias as float32 masters."""
-    x, residual = (torch.randn(rows, columns, device=device).to(dtype).requires_grad_() for _ in range(2))
-    weight, bias, x_bias = (torch.randn(columns, device=device).requires_grad_() for _ in range(3))
-    call = partial(add_layer_norm, x, residual, weight, bias, x_bias=x_bias)
-    return call, [x, residual, weight, bias, x_bias]
+def _mlp(rows: int, columns: int) -> Example:
+    """As GPT-2's blocks call it."""
+    return gelu_mlp(rows, columns, b_proj=None)
 
 
-def _mlp(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Bound:
-    """As GPT-2's blocks call it: x, then w_fc, b_fc and w_proj as float32 masters."""
-    x = torch.randn(rows, columns, device=device).to(dtype).requires_grad_()
-    shapes = ((4 * columns, columns), (4 * columns,), (columns, 4 * columns))
-    w_fc, b_fc, w_proj = ((torch.randn(shape, device=device) / 32).requires_grad_() for shape in shapes)
-    return partial(gelu_mlp, x, w_fc, b_fc, w_proj, None), [x, w_fc, b_fc, w_proj]
-
-
-def _heads(rows: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> Bound:
+def _heads(rows: int, heads: Heads) -> Example:
     length = min(rows, LENGTH)
-    qkv = (
-        torch.randn(rows // length, length, 3 * HEADS * heads.width, device=device).to(dtype).requires_grad_()
-    )
-    seed = torch.tensor([1234567890123], device=device)
-    return partial(causal_attention, qkv, HEADS, heads.dropout, seed), [qkv]
+    return causal_attention(rows // length, length, HEADS, heads.width, heads.dropout)
 
 
-def _loss(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> Bound:
-    """An eighth of the rows, two chunks, and few columns: the kernel is to take most of the time, not the matmuls.
+def _loss(rows: int, vocabulary: int) -> Example:
+    """An eighth of the rows, two chunks, and few columns: the kernel takes most of the time, not the matmuls.
 
-    The weight takes no gradient for the same reason. x's is made in the forward.
+    The weight takes no gradient for the same reason. dx is made in the forward.
     """
-    rows = -(-rows // 8)
-    x = torch.randn(rows, 64, device=device).to(dtype).requires_grad_()
-    weight = torch.randn(vocabulary, 64, device=device).to(dtype) / 8
-    return partial(linear_cross_entropy, x, weight, torch.randint(vocabulary, (rows,), device=device)), [x]
+    example = linear_cross_entropy(-(-rows // 8), 64, vocabulary)
+    return replace(example, call=lambda weight, **rest: example.call(weight=weight.detach(), **rest))
 
 
-def _forward(bind: Callable[..., Bound], *sizes: Any) -> Work:
-    calls = [bind(*sizes)[0] for _ in range(2)]
-    return lambda i: calls[i % 2]()
+def _two_inputs(example: Example, dtype: torch.dtype, device: torch.device) -> list[Tensors]:
+    """With float32 masters, as in training."""
+    return [draw(example, device, dtype, torch.float32, seed=seed) for seed in range(2)]
 
 
-def _backward(bind: Callable[..., Bound], *sizes: Any) -> Work:
+def _forward(make: Callable[..., Example], rows: int, case: Any, *where: Any) -> Work:
+    example = make(rows, case)
+    inputs = _two_inputs(example, *where)
+    return lambda i: example.call(**inputs[i % 2])
+
+
+def _backward(make: Callable[..., Example], rows: int, case: Any, *where: Any) -> Work:
+    example = make(rows, case)
     graphs = []
-    for _ in range(2):
-        call, leaves = bind(*sizes)
-        outputs = call()
-        several = outputs if isinstance(outputs, tuple) else (outputs,)
-        graphs.append((outputs, leaves, [torch.randn_like(y) for y in several]))
+    for tensors in _two_inputs(example, *where):
+        outputs = as_tuple(example.call(**tensors))
+        leaves = [t for t in tensors.values() if t.requires_grad]
+        graphs.append((outputs, leaves, [torch.randn_like(y) for y in outputs]))
     return lambda i: torch.autograd.grad(*graphs[i % 2], retain_graph=True)
 
 
@@ -192,41 +189,26 @@ def _two_passes(*sizes: Any) -> Work:
     return backward
 
 
-# ---- what must be right
+# Small and uneven: what must be right
 
 
 def _norm_example(columns: int) -> Example:
-    """An input with rows left over, and all that the kernels can do."""
-    shape = (UNEVEN_ROWS, columns)
-    shapes = {"x": shape, "residual": shape, "weight": (columns,), "bias": (columns,), "x_bias": (columns,)}
-
-    def call(t: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return add_layer_norm(
-            t["x"], t["residual"], t["weight"], t["bias"], 1e-5, 0.1, t["seed"], 2, t["x_bias"]
-        )
-
-    return shapes, call
+    return add_layer_norm(UNEVEN_ROWS, columns, 0.1)
 
 
 def _mlp_example(columns: int) -> Example:
-    """Enough rows for every multiprocessor to have a tile: with fewer the library's matmul runs in any case."""
-    hidden = 4 * columns
-    shapes = {"x": (4 * UNEVEN_ROWS, columns), "w_fc": (hidden, columns), "b_fc": (hidden,)}
-    shapes |= {"w_proj": (columns, hidden), "b_proj": (columns,)}
-    # a power of two, so that it rounds nothing: pre-activations where GELU bends
-    return shapes, lambda t: gelu_mlp(t["x"], t["w_fc"] / 32, t["b_fc"], t["w_proj"] / 32, t["b_proj"])
+    """Enough rows for every multiprocessor to have a tile."""
+    return gelu_mlp(4 * UNEVEN_ROWS, columns)
 
 
 def _heads_example(heads: Heads) -> Example:
-    """Four heads: too few for one pass, but for a candidate, which is taken for any number."""
-    shapes = {"qkv": (2, UNEVEN_LENGTH, 3 * 2 * heads.width)}
-    return shapes, lambda t: causal_attention(t["qkv"], 2, heads.dropout, t["seed"], 3)
+    """Four heads: too few for one pass in the table, but a candidate takes any number."""
+    return causal_attention(2, UNEVEN_LENGTH, 2, heads.width, heads.dropout)
 
 
 def _loss_example(vocabulary: int) -> Example:
     """The vocabulary ends within a block."""
-    shapes = {"x": (37, 64), "weight": (vocabulary, 64)}
-    return shapes, lambda t: linear_cross_entropy(t["x"], t["weight"] / 8, t["targets"][:37], vocabulary - 3)
+    return linear_cross_entropy(37, 64, vocabulary - 3, 3)
 
 
 # ---- candidates
@@ -349,6 +331,6 @@ TABLES: dict[str, Sweep] = {
     "CROSS_ENTROPY": Sweep(
         CROSS_ENTROPY, partial(_forward, _loss), candidates, _loss_example, select, _vocabulary, True
     ),
-    "LAYER_NORM_FORWARD": _norm_sweep(LAYER_NORM_FORWARD, partial(_forward, _norm)),
-    "LAYER_NORM_BACKWARD": _norm_sweep(LAYER_NORM_BACKWARD, partial(_backward, _norm)),
+    "LAYER_NORM_FORWARD": _norm_sweep(LAYER_NORM_FORWARD, partial(_forward, add_layer_norm)),
+    "LAYER_NORM_BACKWARD": _norm_sweep(LAYER_NORM_BACKWARD, partial(_backward, add_layer_norm)),
 }

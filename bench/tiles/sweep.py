@@ -19,13 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...kernels.ops.layer_norm.backward import GPT2_WIDTHS
-from ...kernels.selfcheck import parity
-from ...kernels.tiles import (
-    ANY,
-    DESCRIPTORS,
-    hardware,
-)
+from ...kernels.examples import GPT2_WIDTHS, parity
+from ...kernels.tiles import ANY, DESCRIPTORS, hardware
 from ..timing import full_rows, medians, require_gpu
 from .candidates import ATTENTION_WORKS, HEADS_OF_64, TABLES, WHOLE, Row, Sweep, Work, by_pointer, in_table
 
@@ -134,7 +129,7 @@ def _sweep(
         except Exception as failure:  # out of shared memory or registers: no tile for this GPU
             print(f"    {_row(tile, '')} cannot run: {type(failure).__name__}")
             continue
-        if any(not error <= allowed for error, allowed in checks):
+        if not all(check.ok for check in checks):
             print(f"    {_row(tile, '')} is WRONG: {checks}")
             continue
         pairs = {case: times(case, present, tile) for case in cases}

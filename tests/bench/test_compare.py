@@ -1,4 +1,4 @@
-"""What moved between two records is found, and README's measured tables are those of the committed results."""
+"""What moved between two records is found, and the measured tables are those of the committed results."""
 
 import json
 from pathlib import Path
@@ -76,29 +76,37 @@ def test_the_newest_of_a_cpu_and_of_a_gpu(tmp_path: Path) -> None:
     ]
 
 
-def test_only_the_block_is_written(tmp_path: Path) -> None:
+def test_only_the_blocks_are_written(tmp_path: Path) -> None:
     folder = tmp_path / "bench" / "results"
     folder.mkdir(parents=True)
-    row = ("step", "step", "tiny, 2 x 3", "fusedgpt", 12.25)
-    record(folder, "2026-02-01.json", "a CPU", [row])
-    file = tmp_path / "README.md"
-    file.write_text(f"before\n{readme.BEGIN}old\n{readme.END}after\n")
+    rows = [("step", "step", "tiny, 2 x 3", "fusedgpt", 12.25), ("step", "step", "tiny, 2 x 3", "other", 6.0)]
+    record(folder, "2026-02-01.json", "a CPU", rows)
+    (tmp_path / "docs").mkdir()
+    files = short, full = [tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"]
+    for file in files:
+        file.write_text(f"before\n{readme.BEGIN}old\n{readme.END}after\n")
     readme.run_readme(root=tmp_path)
-    text = file.read_text()
-    assert text.startswith(f"before\n{readme.BEGIN}")
-    assert text.endswith(f"{readme.END}after\n")
-    assert "| training step | 12.2 ms |" in text
-    assert f"| training step | {readme.NOTHING} |" in text, "the GPU's rows say that there is none"
-    assert "old" not in text
-    assert "](docs/bench-cpu-step.png)" in text
+    for file in files:
+        text = file.read_text()
+        assert text.startswith(f"before\n{readme.BEGIN}")
+        assert text.endswith(f"{readme.END}after\n")
+        assert "old" not in text
+        assert "GPU" not in text, "there is no result of one"
+        assert "|  |" not in text, "an empty cell"
+    assert "| training step: tiny, 2 x 3 | 12.2 ms | other | 6.000 ms | 1.00 |" in short.read_text()
+    assert "| training step | 12.2 ms | 6.0 ms |" in full.read_text()
+    assert "](bench-cpu-step.png)" in full.read_text()
     assert (tmp_path / "docs" / "bench-cpu-step.png").exists()
-    file.write_text("no block")
-    with pytest.raises(ValueError, match="lacks the lines"):
-        readme.run_readme(root=tmp_path)
+    for file in files:
+        text = file.read_text()
+        file.write_text("no block")
+        with pytest.raises(ValueError, match=f"{file.name} lacks the lines"):
+            readme.run_readme(root=tmp_path)
+        file.write_text(text)
 
 
-def test_the_readme_shows_the_newest_committed_results() -> None:
-    text = (ROOT / "README.md").read_text()
-    shown = text.partition(readme.BEGIN)[2].partition(readme.END)[0]
-    files = sorted((ROOT / "bench" / "results").glob("*.json"))
-    assert shown == readme.block(readme.newest_results(files), ROOT), "python -m fusedgpt.bench readme"
+def test_the_files_show_the_newest_committed_results() -> None:
+    newest = readme.newest_results(sorted((ROOT / "bench" / "results").glob("*.json")))
+    for name, block in readme.blocks(newest, ROOT).items():
+        shown = (ROOT / name).read_text().partition(readme.BEGIN)[2].partition(readme.END)[0]
+        assert shown == block, f"{name}: python -m fusedgpt.bench readme"

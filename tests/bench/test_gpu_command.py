@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench.gpu import parts
+from fusedgpt.bench import parts, table
 from fusedgpt.bench.gpu import run as gpu
 from fusedgpt.bench.step import step
 from fusedgpt.bench.step.sizes import workload
 from fusedgpt.kernels.backend import OPERATORS
-from fusedgpt.kernels.selfcheck import EXAMPLES, parity
+from fusedgpt.kernels.examples import SMALL, Example, full_size, parity
 
 FINE = [{"operator": "dropout", "ok": True}]
 
@@ -44,9 +44,9 @@ sys.exit(main(["gpu"]))
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_every_operator_has_a_full_size(operator: str) -> None:
-    for example in gpu.full_size(operator, 3).values():
-        error, allowed = parity(example, torch.device("cpu"), torch.float32)
-        assert error <= allowed
+    examples = [example for example in full_size(3) if example.operator == operator]
+    assert examples
+    assert all(parity(example, "cpu", torch.float32).ok for example in examples)
 
 
 @pytest.mark.parametrize(
@@ -153,12 +153,15 @@ def test_the_compiling_processes_check_every_operator_in_every_dtype(monkeypatch
     monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
     asked = [json.loads(command[-1]) for command in commands]
     (wanted,) = [o for o in asked if o["operators"] == ["dropout"] and o["dtypes"] == ["float32"]]
-    examples = {name: {f"{name} small": example} for name, example in EXAMPLES.items()}
-    monkeypatch.setattr(gpu, "full_size", lambda operator, rows: examples[operator] if rows == 4096 else {})
+
+    def small(rows: int) -> list[Example]:
+        return [example for example in SMALL.values() if rows == 4096]
+
+    monkeypatch.setattr(gpu, "full_size", small)
     (found,) = gpu.check_parity(wanted)
     assert (found["operator"], found["shape"], found["dtype"], found["ok"]) == (
         "dropout",
-        "dropout small",
+        SMALL["dropout"].size,
         "float32",
         True,
     )
@@ -180,7 +183,7 @@ def test_the_measurements_are_shown_as_their_commands_show_them(capsys: pytest.C
     row = step.Row("step", "tiny", "fusedgpt", 12.5, 1000.0, 1.0, 0.25, 1.5, 4.2)
     found = {"versions": {}, "commit": "x", "clocks": [None], "parts": {"step": {"seconds": 1}}}
     lines = list(gpu.summary(found | {"rows": [{"benchmark": "step", **asdict(row)}]}))
-    assert lines[-1] == step.line(row)
+    assert lines[-1] == table.line(step.COLUMNS, asdict(row))
 
 
 def test_the_sweep_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from fusedgpt.bench.__main__ import main
-from fusedgpt.bench.ops import peers as packages
+from fusedgpt.bench.ops import peers
 from fusedgpt.bench.ops import run as ops
-from fusedgpt.bench.ops.cases import NAMES, P, Side, Sizes, Work, works
+from fusedgpt.bench.ops.cases import NAMES, Implementation, P, Sizes, Work, works
 from fusedgpt.bench.ops.harness import BACKWARD, FORWARD, Setup
 from fusedgpt.bench.ops.run import BOTH, Ceilings
 from fusedgpt.bench.record import draw
+from fusedgpt.kernels.examples import Example
 
 CPU = torch.device("cpu")
 TINY = Sizes(tokens=96, rows=40, length=48, lengths=(32, 96), widths=(128,), vocab=67)
@@ -25,19 +26,20 @@ MOST = Ceilings(copy=1e9, matmul=1e12)
 WORKS = list(works(CPU, torch.float32, TINY))
 
 
-def measured(*sides: Side, **more) -> list[ops.Row]:
+def measured(*implementations: Implementation, **more) -> list[ops.Row]:
     shape = (60, 80)
-    work = Work("an operator", {"M": 60}, list(sides), (shape,), (9600, 14400), (shape,), **more)
+    example = Example("an operator", "", implementations[0].call, {"x": shape})
+    work = Work(example, {"M": 60}, list(implementations), (shape,), (9600, 14400), **more)
     return list(ops.compare(work, Setup(work, torch.float32, CPU), MOST, 2))
 
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: f"{work.name} {work.size}")
-def test_every_side_of_every_operator_is_right(work: Work) -> None:
+def test_every_implementation_of_every_operator_is_right(work: Work) -> None:
     """Ours and torch's, neither of which knows the other, both as float64 has it."""
     setup = Setup(work, torch.float32, CPU)
-    assert len(work.sides) >= 2
-    for side in work.sides:
-        assert setup.right(setup.error(side)), (side.name, setup.error(side))
+    assert len(work.implementations) >= 2
+    for one in work.implementations:
+        assert setup.right(setup.error(one)), (one.name, setup.error(one))
 
 
 @pytest.mark.parametrize(
@@ -50,9 +52,11 @@ def test_every_side_of_every_operator_is_right(work: Work) -> None:
 def test_comparing_some_rows_is_enough_where_all_would_be_too_many(name: str, rows: slice) -> None:
     work = next(work for work in WORKS if work.name == name)._replace(checked=rows)
     setup = Setup(work, torch.float32, CPU)
-    for side in work.sides:
-        assert setup.right(setup.error(side)), side.name
-    off = Side("off", lambda *tensors: work.sides[0].call(tensors[0] * 1.001, *tensors[1:]))
+    for one in work.implementations:
+        assert setup.right(setup.error(one)), one.name
+    off = Implementation(
+        "off", lambda *tensors: work.implementations[0].call(tensors[0] * 1.001, *tensors[1:])
+    )
     assert not setup.right(setup.error(off))
 
 
@@ -108,7 +112,9 @@ def test_a_run_from_the_command_to_the_files(
 
 
 def test_times_ratio_and_share() -> None:
-    rows = measured(Side("ours", torch.sin), Side("twice", lambda x: torch.sin(x).clone()))
+    rows = measured(
+        Implementation("ours", torch.sin), Implementation("twice", lambda x: torch.sin(x).clone())
+    )
     assert [row.direction for row in rows] == [FORWARD] * 2 + [BACKWARD] * 2 + [BOTH] * 2
     ours, twice = rows[:2]
     assert ours.ratio == 1.0
@@ -121,28 +127,28 @@ def test_times_ratio_and_share() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        Side("wrong", lambda x: torch.sin(x) * 1.001),
-        Side("wrong backward", lambda x: torch.sin(x.detach()) + 0 * x),
-        Side("nan", lambda x: torch.sin(x) * math.nan),
+        Implementation("wrong", lambda x: torch.sin(x) * 1.001),
+        Implementation("wrong backward", lambda x: torch.sin(x.detach()) + 0 * x),
+        Implementation("nan", lambda x: torch.sin(x) * math.nan),
     ],
 )
-def test_what_is_wrong_is_not_timed(wrong: Side) -> None:
-    rows = measured(Side("ours", torch.sin), wrong)
+def test_what_is_wrong_is_not_timed(wrong: Implementation) -> None:
+    rows = measured(Implementation("ours", torch.sin), wrong)
     assert all(row.milliseconds for row in rows if row.side == "ours")
     assert {(row.milliseconds, row.note[:5]) for row in rows if row.side == wrong.name} == {(None, "wrong")}
 
 
-def test_a_peer_that_fails_is_named_and_left_out() -> None:
+def test_an_implementation_that_fails_is_reported_and_left_out() -> None:
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no such kernel\nand more")
 
-    rows = measured(Side("ours", torch.sin), Side("broken", fail))
+    rows = measured(Implementation("ours", torch.sin), Implementation("broken", fail))
     assert {row.note for row in rows if row.side == "broken"} == {"failed: RuntimeError: no such kernel"}
     assert sum(row.milliseconds is not None for row in rows) == 3
     assert any("broken" in text and "no such kernel" in text for text in ops.block(rows))
 
 
-def test_a_side_that_fails_only_when_it_is_timed_leaves_the_others() -> None:
+def test_an_implementation_that_fails_only_when_it_is_timed_leaves_the_others() -> None:
     class Once(torch.autograd.Function):
         """Its graph is good for one backward."""
 
@@ -159,7 +165,7 @@ def test_a_side_that_fails_only_when_it_is_timed_leaves_the_others() -> None:
             ctx.used = True
             return grad * torch.cos(ctx.saved_tensors[0])
 
-    rows = measured(Side("ours", torch.sin), Side("once", Once.apply))
+    rows = measured(Implementation("ours", torch.sin), Implementation("once", Once.apply))
     notes = {(row.direction, row.note) for row in rows if row.side == "once"}
     assert notes == {(FORWARD, ""), (BACKWARD, "failed: RuntimeError: used up")}
     assert sum(row.milliseconds is not None for row in rows if row.side == "ours") == 3
@@ -167,12 +173,12 @@ def test_a_side_that_fails_only_when_it_is_timed_leaves_the_others() -> None:
 
 def drawn_error(name: str, call, p: float = P) -> float:
     work = next(work for work in WORKS if work.name == name and work.sizes.get("p") == p)
-    return Setup(work, torch.float32, CPU).error(Side("peer", call, draws=True))
+    return Setup(work, torch.float32, CPU).error(Implementation("peer", call, draws=True))
 
 
 def causal(dropout_p: float, after=lambda y: y):
     def call(qkv: torch.Tensor) -> torch.Tensor:
-        q, k, v = packages.heads(qkv, 2)
+        q, k, v = peers.heads(qkv, 2)
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout_p)
         return after(y).transpose(1, 2).flatten(2)
@@ -180,7 +186,7 @@ def causal(dropout_p: float, after=lambda y: y):
     return call
 
 
-def test_a_side_that_draws_its_mask_is_compared_under_that_mask() -> None:
+def test_an_implementation_that_draws_its_mask_is_compared_under_that_mask() -> None:
     assert drawn_error("dropout", lambda x: F.dropout(x, P)) < 1e-6
     assert drawn_error("dropout", lambda x: F.dropout(x, 0.2)) == math.inf
     assert drawn_error("dropout", lambda x: x / (1 - P)) == math.inf, "keeps all"
@@ -223,23 +229,23 @@ def test_a_mistake_in_the_flags_ends_with_2(capsys: pytest.CaptureFixture[str]) 
 def test_a_package_that_is_missing_or_broken_is_left_out_with_one_word(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    @packages.optional("no-such-package")
-    def missing() -> packages.Peer:
+    @peers.optional("no-such-package")
+    def missing() -> peers.Peer:
         import no_such_module  # noqa: F401
 
         return {}
 
-    @packages.optional("torch", "{}, broken")
-    def broken() -> packages.Peer:
+    @peers.optional("torch", "{}, broken")
+    def broken() -> peers.Peer:
         raise AttributeError("no driver")
 
-    packages.left_out.cache_clear()
+    peers.left_out.cache_clear()
     assert [missing(), missing(), broken()] == [None] * 3
     assert capsys.readouterr().out.splitlines() == [
         "no-such-package is left out: No module named 'no_such_module'",
         "torch is left out: no driver",
     ]
-    found = packages.optional("torch", "{}, called")(lambda p: {"call": torch.sin} if p else None)
+    found = peers.optional("torch", "{}, called")(lambda p: {"call": torch.sin} if p else None)
     assert found(0) is None, "it has no such operator, which is no word worth"
     assert found(1) == {"name": f"torch {version('torch')}, called", "call": torch.sin}
     assert not capsys.readouterr().out

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench.step import breakdown, step
-from fusedgpt.bench.step import implementations as peers
-from fusedgpt.bench.step.implementations import Side, builders, fusedgpt, transformers_gpt2
+from fusedgpt.bench.step import breakdown, implementations, step
+from fusedgpt.bench.step.implementations import Implementation, builders, fusedgpt, transformers_gpt2
 from fusedgpt.bench.step.sizes import SIZES, Workload, workload
+from fusedgpt.bench.table import line
 from fusedgpt.gpt import model as gpt_model
 from fusedgpt.gpt.config import ModelConfig
 
@@ -25,12 +25,12 @@ DROPPING = replace(WORK, config=replace(WORK.config, embd_dropout=0.1, attn_drop
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled sides run uncompiled: a compilation takes half a minute."""
+    """torch.compile compiles nothing: a compilation takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
 @pytest.mark.parametrize("work", [WORK, DROPPING], ids=["no dropout", "dropout"])
-def test_every_side_is_timed_from_the_same_weights(eager: None, work: Workload) -> None:
+def test_every_implementation_is_timed_from_the_same_weights(eager: None, work: Workload) -> None:
     rows = list(step.measure(work, rounds=3))
     assert [row.note for row in rows] == [""] * 4
     assert [row.side.split()[0] for row in rows] == ["fusedgpt", "transformers", "fusedgpt,", "transformers"]
@@ -40,15 +40,15 @@ def test_every_side_is_timed_from_the_same_weights(eager: None, work: Workload) 
         assert row.tokens_per_second == pytest.approx(32 / row.milliseconds * 1e3)
         assert row.ratio
         assert row.gigabytes > 4 * 4 * 30_000 / 1e9, "weights, gradients and AdamW's two means"
-        assert row.side in step.line(row)
+        assert row.side in line(step.COLUMNS, vars(row))
 
 
-def changed(side: Side, loss: float = 1.0, norm: float = 1.0) -> Side:
+def changed(other: Implementation, loss: float = 1.0, norm: float = 1.0) -> Implementation:
     def wrong(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        found = side.step(inputs, targets)
+        found = other.step(inputs, targets)
         return found[0] * loss, found[1] * norm
 
-    return Side("other", side.model, wrong)
+    return Implementation("other", other.model, wrong)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def changed(side: Side, loss: float = 1.0, norm: float = 1.0) -> Side:
         (lambda: 1 / 0, "failed: ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_side_that_computes_something_else_is_not_timed(
+def test_an_implementation_that_computes_something_else_is_not_timed(
     build, note: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(step, "builders", lambda *_: [("fusedgpt", lambda: fusedgpt(WORK)), ("other", build)])
@@ -68,7 +68,7 @@ def test_a_side_that_computes_something_else_is_not_timed(
     assert ours.milliseconds
     assert other.milliseconds is None
     assert other.note.startswith(note)
-    assert note in step.line(other)
+    assert note in line(step.COLUMNS, vars(other))
 
 
 def test_what_compiles_has_to_begin_in_time(eager: None) -> None:
@@ -87,11 +87,10 @@ def test_a_compiler_that_takes_too_long_is_stopped() -> None:
 
 
 def test_both_do_the_same_step_after_step() -> None:
-    sides = [fusedgpt(WORK), transformers_gpt2(WORK)]
     losses = []
-    for side in sides:
+    for one in (fusedgpt(WORK), transformers_gpt2(WORK)):
         batches = WORK.batches()
-        losses.append([side.step(*next(batches))[0].item() for _ in range(5)])
+        losses.append([one.step(*next(batches))[0].item() for _ in range(5)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -102,13 +101,13 @@ def test_a_folder_that_is_no_nanogpt_is_named(tmp_path: Path) -> None:
 
 def test_nanogpt_gets_our_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model.py").write_text(NANOGPT)
-    monkeypatch.setattr(peers, "_training", lambda model, loss: loss)
-    ours = peers.build_model(WORK)
-    side = peers.nanogpt(WORK, tmp_path)
+    monkeypatch.setattr(implementations, "_training", lambda model, loss: loss)
+    ours = implementations.build_model(WORK)
+    theirs = implementations.nanogpt(WORK, tmp_path)
     inputs, targets = next(WORK.batches())
-    (weights,) = {id(p): p for p in side.model.parameters() if p.shape == (32, 32)}.values()
+    (weights,) = {id(p): p for p in theirs.model.parameters() if p.shape == (32, 32)}.values()
     torch.testing.assert_close(weights, ours.h[0].attn.c_proj.weight)
-    assert side.step(inputs, targets).item() == pytest.approx(ours.wte.weight[0].sum().item())
+    assert theirs.step(inputs, targets).item() == pytest.approx(ours.wte.weight[0].sum().item())
 
 
 # as much of nanoGPT's interface as is used: nn.Linear's orientation, its names, and (logits, loss)
@@ -198,13 +197,13 @@ def test_time_is_given_to_the_part_that_takes_it(monkeypatch: pytest.MonkeyPatch
 
 
 def test_watching_changes_no_gradient() -> None:
-    sides = [fusedgpt(DROPPING), fusedgpt(DROPPING)]
+    one, watched = fusedgpt(DROPPING), fusedgpt(DROPPING)
 
-    def losses(side: Side) -> Iterator[float]:
+    def losses(ours: Implementation) -> Iterator[float]:
         batches = DROPPING.batches()
         for _ in range(3):
-            yield side.step(*next(batches))[0].item()
+            yield ours.step(*next(batches))[0].item()
 
-    expected = list(losses(sides[0]))
+    expected = list(losses(one))
     with breakdown.watch(breakdown.Timeline(CPU)):
-        assert list(losses(sides[1])) == expected
+        assert list(losses(watched)) == expected

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench import suite
+from fusedgpt.bench import parts, record, suite
 from fusedgpt.bench.__main__ import main
-from fusedgpt.bench.gpu import parts
 from fusedgpt.bench.step import decode, memory, startup
 from fusedgpt.bench.step.memory import allocations
 from fusedgpt.bench.step.sizes import Workload
+from fusedgpt.bench.table import line
 from fusedgpt.gpt.config import ModelConfig
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def test_a_cpus_allocations_are_counted_with_temporaries() -> None:
 def test_the_peak_is_at_least_what_a_step_keeps() -> None:
     rows = list(memory.measure(WORK, batches=(1, 4)))
     assert [(row.case[:12], row.side.split()[0]) for row in rows] == [
-        (f"test, {batch} x 16", side) for batch in (1, 4) for side in ("fusedgpt", "transformers")
+        (f"test, {batch} x 16", name) for batch in (1, 4) for name in ("fusedgpt", "transformers")
     ]
     for small, large in zip(rows[:2], rows[2:], strict=True):
         assert small.gigabytes < large.gigabytes
@@ -46,17 +46,17 @@ def test_the_peak_is_at_least_what_a_step_keeps() -> None:
         assert row.weights == row.gradients == row.optimizer / 2
         assert row.gigabytes >= row.weights + row.optimizer + row.activations
         assert row.gigabytes < 2 * (4 * row.weights + row.activations)
-        assert "activations" in memory.line(row)
+        assert f"{row.activations:.3f}" in line(memory.COLUMNS, vars(row))
 
 
-def test_a_side_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     def build() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(memory, "builders", lambda *_: [("huge", build)])
     (row,) = memory.measure(WORK, batches=(1,))
     assert (row.gigabytes, row.note) == (None, "out of memory")
-    assert memory.line(row).endswith("out of memory")
+    assert line(memory.COLUMNS, vars(row)).endswith("out of memory")
 
 
 # ---- start-up
@@ -65,9 +65,9 @@ def test_a_side_that_runs_out_of_memory_says_so(monkeypatch: pytest.MonkeyPatch)
 def test_the_order_of_processes_and_their_medians(monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
 
-    def run(side: str, work: Workload, caches: dict[str, Path]) -> dict[str, float]:
-        ran.append(side)
-        if "compile" in side:
+    def run(name: str, work: Workload, caches: dict[str, Path]) -> dict[str, float]:
+        ran.append(name)
+        if "compile" in name:
             raise RuntimeError("failed: no compiler")
         return {"seconds": float(len(ran)), "import_torch": 0.5}
 
@@ -78,7 +78,7 @@ def test_the_order_of_processes_and_their_medians(monkeypatch: pytest.MonkeyPatc
     assert (cold.note, warm.note) == ("failed: no compiler",) * 2
     assert (cold.case, warm.case) == (f"{WORK.case}, cold", f"{WORK.case}, warm")
     assert len(list(startup.measure(WORK, runs=1))) == 3
-    assert startup.line(cold).endswith("failed: no compiler")
+    assert line(startup.COLUMNS, vars(cold)).endswith("failed: no compiler")
 
 
 def test_a_fresh_process_reports_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,7 @@ def test_a_fresh_process_reports_its_first_step(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_same_text_is_timed_and_another_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = decode.measure(WORK, rows=(2,), rounds=1)
+    ours, theirs = decode.measure(WORK, rows=(2,), rounds=5)
     assert ours.ratio == 1.0
     assert theirs.milliseconds > 0
     assert ours.tokens_per_second == pytest.approx(2e3 / ours.milliseconds)
@@ -103,7 +103,7 @@ def test_the_same_text_is_timed_and_another_is_not(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(decode, "_theirs", lambda m: lambda p, n: [[*row[:-1], 66] for row in own(m)(p, n)])
     _, wrong = decode.measure(WORK, rows=(2,), rounds=1)
     assert wrong.milliseconds is None
-    assert decode.line(wrong).endswith("not comparable, not timed")
+    assert line(decode.COLUMNS, vars(wrong)).endswith("not comparable, not timed")
 
 
 # ---- all of it
@@ -111,7 +111,7 @@ def test_the_same_text_is_timed_and_another_is_not(monkeypatch: pytest.MonkeyPat
 
 PARTS = """
 import sys, time
-from fusedgpt.bench.gpu.parts import Part, part_main
+from fusedgpt.bench.parts import Part, part_main
 def broken(options):
     print("a word")
     yield {"name": "x", "case": "c", "side": "s", "milliseconds": options["size"] + 0.5, "nan": float("nan")}
@@ -150,12 +150,12 @@ def test_each_part_is_kept_however_it_ends(
     file = tmp_path / "out" / "record.json"
     table = {name: parts.Part(lambda _: iter(()), limit) for name, limit in seconds.items()}
     parts.run_parts("some_parts", table, {"size": 3}, found, file, 1000)
-    record = json.loads(file.read_text())
-    assert record["rows"][0] == {
+    written = json.loads(file.read_text())
+    assert written["rows"][0] == {
         "benchmark": "broken", "name": "x", "case": "c", "side": "s", "milliseconds": 3.5, "nan": None,
     }  # fmt: skip
-    assert [row["benchmark"] for row in record["rows"][1:]] == ["slow"]
-    errors = {name: status.get("error") for name, status in record["parts"].items()}
+    assert [row["benchmark"] for row in written["rows"][1:]] == ["slow"]
+    errors = {name: status.get("error") for name, status in written["parts"].items()}
     assert errors["broken"] == "ValueError: broken"
     assert errors["slow"] == "stopped after 60 s"
     assert errors["late"].startswith("stopped before it began")
@@ -172,13 +172,13 @@ def test_the_parts_of_all_and_its_record(tmp_path: Path, monkeypatch: pytest.Mon
         return [], {"seconds": 1.0}
 
     monkeypatch.setattr(parts, "run_part", run_part)
-    monkeypatch.setattr(suite.record, "draw", lambda found, folder: None)
+    monkeypatch.setattr(record, "draw", lambda found, folder: None)
     assert main(["all", "--device", "cpu", "--out", str(tmp_path / "cpu.json")]) == 0
     assert {name for name, _ in ran} == {"ops", *suite.MEASUREMENTS}
     assert suite.ALL_SECONDS < 175
-    record = json.loads((tmp_path / "cpu.json").read_text())
-    assert record["parts"].keys() == suite.PARTS.keys()
-    assert {"kind", "date", "commit", "versions", "clocks", "rows"} <= record.keys()
+    written = json.loads((tmp_path / "cpu.json").read_text())
+    assert written["parts"].keys() == suite.PARTS.keys()
+    assert {"kind", "date", "commit", "versions", "clocks", "rows"} <= written.keys()
 
 
 def test_a_command_writes_its_record_and_pictures(
@@ -188,11 +188,11 @@ def test_a_command_writes_its_record_and_pictures(
     out = tmp_path / "breakdown.json"
     argv = ["step", "--breakdown", "--size", "tiny", "--device", "cpu", "--rounds", "2", "--out", str(out)]
     assert main(argv) == 0
-    record = json.loads(out.read_text())
-    assert {row["benchmark"] for row in record["rows"]} == {"breakdown"}
+    written = json.loads(out.read_text())
+    assert {row["benchmark"] for row in written["rows"]} == {"breakdown"}
     assert (tmp_path / "breakdown.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    assert list(suite.table("breakdown", record["rows"]))[1] in printed
+    assert suite.lines("breakdown", written["rows"])[1] in printed
     assert main([*argv, "--nanogpt", "here"]) == 2
     assert "leave --nanogpt out" in capsys.readouterr().err
 

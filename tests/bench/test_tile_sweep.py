@@ -1,7 +1,6 @@
 """The sweep tries tiles that can be, puts the table back, throws out wrong results, and prints rows that can be pasted."""
 
 import contextlib
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -10,6 +9,8 @@ import torch
 from fusedgpt.bench.tiles import candidates as swept
 from fusedgpt.bench.tiles import sweep as tile_sweep
 from fusedgpt.kernels import _triton, use_backend
+from fusedgpt.kernels.examples import Parity
+from fusedgpt.kernels.ops.attention import operator as attention
 from fusedgpt.kernels.tiles import (
     ANY,
     ATTENTION_KEY,
@@ -27,7 +28,6 @@ from fusedgpt.kernels.tiles import (
 )
 
 CPU = torch.device("cpu")
-attention: Any = import_module("fusedgpt.kernels.ops.attention.operator")
 INTERPRETED = pytest.mark.skipif(not _triton.INTERPRETED, reason="this process compiles its kernels")
 
 
@@ -183,7 +183,7 @@ def test_the_feed_forward_tables_choose_between_both_forms(title: str) -> None:
 def test_a_wrong_tile_is_no_result(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(tile_sweep, "parity", lambda *_: (0.2, 0.1))
+    monkeypatch.setattr(tile_sweep, "parity", lambda *_: Parity(0.2, 0.1))
     sweep = swept.TABLES["LAYER_NORM_BACKWARD"]._replace(candidates=lambda *_: SMALL[:1])
     with use_backend("triton"):
         results = list(tile_sweep._sweep(sweep, 8, [5], torch.float32, CPU, 4, 1, float("inf")))

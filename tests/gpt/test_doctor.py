@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -31,13 +32,13 @@ def test_every_operator_is_checked_and_right(capsys: pytest.CaptureFixture[str])
 def test_a_wrong_operator_is_named_and_the_exit_code_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shapes, call = selfcheck.EXAMPLES["layer_norm"]
+    example = selfcheck.SMALL["layer_norm"]
 
-    def off(t: dict[str, torch.Tensor]) -> torch.Tensor:
-        y = call(t)
+    def off(**tensors: torch.Tensor) -> torch.Tensor:
+        y = example.call(**tensors)
         return y * 1.001 if y.dtype == torch.float32 and selfcheck.requested() == "auto" else y
 
-    monkeypatch.setitem(selfcheck.EXAMPLES, "layer_norm", (shapes, off))
+    monkeypatch.setitem(selfcheck.SMALL, "layer_norm", replace(example, call=off))
     assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if "WRONG" in line] == ["layer_norm"]
@@ -47,10 +48,10 @@ def test_a_wrong_operator_is_named_and_the_exit_code_is_1(
 def test_an_operator_that_cannot_start_does_not_hide_the_others(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(_: dict[str, torch.Tensor]) -> torch.Tensor:
+    def fail(**_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no launch\nand more")
 
-    monkeypatch.setitem(selfcheck.EXAMPLES, "embed", ({}, fail))
+    monkeypatch.setitem(selfcheck.SMALL, "embed", replace(selfcheck.SMALL["embed"], call=fail))
     assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "RuntimeError: no launch" in out

@@ -1,15 +1,17 @@
 """What only a GPU can show of attention: descriptors, the copy engine's additions, graphs, huge tensors, large heads."""
 
-from importlib import import_module
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from fusedgpt.bench.timing import full_rows
-from fusedgpt.kernels import attention, causal_attention, use_backend
+from fusedgpt.kernels import causal_attention, use_backend
 from fusedgpt.kernels._triton import INTERPRETED
-from fusedgpt.kernels.selfcheck import Example, parity
+from fusedgpt.kernels.examples import Example, attention, parity
+from fusedgpt.kernels.examples import causal_attention as causal
+from fusedgpt.kernels.ops.attention import operator as module
 from fusedgpt.kernels.tiles import ATTENTION_ONE_PASS, DESCRIPTORS, hardware
 
 from .test_kernels_on_a_gpu import BF16, GPU, captured, leaf, seed
@@ -17,7 +19,6 @@ from .test_kernels_on_a_gpu import BF16, GPU, captured, leaf, seed
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that Triton compiles for"
 )
-module: Any = import_module("fusedgpt.kernels.ops.attention.operator")
 
 
 @pytest.fixture(autouse=True)
@@ -55,15 +56,24 @@ def assert_close(ours: list[torch.Tensor], others: list[torch.Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=2e-2, atol=1e-2 * b.abs().max().item())
 
 
-def heads(length: int, p: float = 0.0, factor: float = 1.0, head_dim: int = 64, **options: Any) -> Example:
-    return {"qkv": (3, length, 3 * 4 * head_dim)}, lambda t: causal_attention(
-        factor * t["qkv"], 4, p, t["seed"], 1, **options
-    )
+def heads(
+    length: int,
+    p: float = 0.0,
+    factor: float = 1.0,
+    head_dim: int = 64,
+    first_key: Any = None,
+    **options: Any,
+) -> Example:
+    example = causal(3, length, 4, head_dim, p, **options)
+
+    def call(qkv: torch.Tensor, **seed: torch.Tensor) -> Any:
+        return example.call(qkv=factor * qkv, first_key=first_key, **seed)
+
+    return replace(example, call=call)
 
 
 def apart(q_len: int, k_len: int, head_dim: int, **options: Any) -> Example:
-    query, key = (3, q_len, 4, head_dim), (3, k_len, 4, head_dim)
-    return {"q": query, "k": key, "v": key}, lambda t: attention(t["q"], t["k"], t["v"], **options)
+    return attention(3, q_len, k_len, 4, head_dim, **options)
 
 
 def documents(length: int) -> torch.Tensor:
@@ -88,15 +98,13 @@ EXAMPLES = {
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_parity(name: str, passes: str) -> None:
-    error, allowed = parity(EXAMPLES[name](), GPU, BF16)
-    assert error <= allowed
+    assert parity(EXAMPLES[name](), GPU, BF16).ok
 
 
 @pytest.mark.parametrize("head_dim", [80, 128])
 def test_parity_of_wide_heads(head_dim: int) -> None:
     for example in (heads(333, 0.1, head_dim=head_dim), apart(4, 333, head_dim)):
-        error, allowed = parity(example, GPU, BF16)
-        assert error <= allowed
+        assert parity(example, GPU, BF16).ok
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

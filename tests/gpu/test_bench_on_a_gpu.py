@@ -1,4 +1,4 @@
-"""What only a GPU can show of the bench: stamps on a stream, the allocator's statistics, the captured step as a side."""
+"""What needs a GPU in the bench: stamps on a stream, the allocator's statistics, the captured step."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_every_side_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_implementation_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     rows = list(step.measure(workload("small", "cuda"), rounds=3))
     assert [row.side for row in rows][:2] == [OURS, PLAIN]
@@ -31,8 +31,8 @@ def test_captured_and_uncaptured_do_the_same_step(dropout: float) -> None:
     work = workload("small", "cuda", dropout=dropout)
     losses = []
     for captured in (True, False):
-        side, batches = fusedgpt(work, captured=captured), work.batches()
-        losses.append([side.step(*next(batches))[0].item() for _ in range(6)])
+        ours, batches = fusedgpt(work, captured=captured), work.batches()
+        losses.append([ours.step(*next(batches))[0].item() for _ in range(6)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -43,14 +43,14 @@ def test_the_parts_take_about_as_long_as_the_step(recompute: bool) -> None:
     assert sum(row.share for row in rows) == pytest.approx(1.0)
     assert len(rows) == 2 * len({*breakdown.PARTS.values()}) + 3
     assert next(row for row in rows if row.name == breakdown.OTHER).share < 0.2
-    side, batches = fusedgpt(work, captured=False), work.batches()
+    ours, batches = fusedgpt(work, captured=False), work.batches()
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     for _ in range(3):
-        side.step(*next(batches))
+        ours.step(*next(batches))
     batch = next(batches)
     torch.cuda._sleep(breakdown.HEAD_START)
     marks[0].record()
-    side.step(*batch)
+    ours.step(*batch)
     marks[1].record()
     torch.cuda.synchronize()
     assert sum(row.milliseconds for row in rows) == pytest.approx(marks[0].elapsed_time(marks[1]), rel=0.3)

@@ -1,6 +1,6 @@
 """What every Triton operator owes PyTorch: opcheck, autocast, activation checkpointing, torch.compile.
 
-An operator joins by a line in `fusedgpt.kernels.selfcheck.EXAMPLES` (its public call) and one in ARGUMENTS here (its
+An operator joins by a line in `fusedgpt.kernels.examples.SMALL` (its public call) and one in ARGUMENTS here (its
 registered operators).
 """
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fusedgpt.kernels import use_backend
 from fusedgpt.kernels.backend import OPERATORS
-from fusedgpt.kernels.selfcheck import EXAMPLES
+from fusedgpt.kernels.examples import SMALL, draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SEED = torch.tensor([77], device=DEVICE)
@@ -115,44 +115,32 @@ def test_opcheck(name: str, arguments: tuple) -> None:
 
 
 def test_every_operator_is_checked() -> None:
-    assert set(EXAMPLES) == set(OPERATORS)
+    assert set(SMALL) == set(OPERATORS)
     assert {name for name, _ in ARGUMENTS} >= set(OPERATORS)
 
 
-def example(
-    operator: str, dtype: torch.dtype = torch.float32
-) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    torch.manual_seed(3)
-    shapes, _ = EXAMPLES[operator]
-    inputs = {name: leaf(*shape, dtype=dtype) for name, shape in shapes.items()}
-    extra = {
-        "seed": SEED,
-        "ids": torch.randint(100, (2, 70), device=DEVICE),
-        "targets": torch.randint(100, (140,), device=DEVICE),
-    }
-    return inputs | extra, list(inputs.values())
-
-
-def loss_and_gradients(
-    call, tensors: dict[str, torch.Tensor], inputs: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    outputs = call(tensors)
+def loss_and_gradients(call, tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    outputs = call(**tensors)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     loss = sum(y.float().square().mean() for y in outputs)
-    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+    return [loss.detach(), *torch.autograd.grad(loss, floating(tensors))]
+
+
+def floating(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [t for t in tensors.values() if t.is_floating_point()]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_memory_that_nobody_wrote_is_never_used(operator: str) -> None:
     """Partial sums, padding, accumulators: the results are the same where new memory holds NaN."""
-    call = EXAMPLES[operator][1]
-    tensors, inputs = example(operator)
+    call = SMALL[operator].call
+    tensors = draw(SMALL[operator], DEVICE, torch.float32)
     with use_backend("triton"):
-        expected = loss_and_gradients(call, tensors, inputs)
+        expected = loss_and_gradients(call, tensors)
         torch.use_deterministic_algorithms(True, warn_only=True)  # also fills what torch.empty returns
         try:
             assert torch.empty(1, device=DEVICE).isnan()
-            results = loss_and_gradients(call, tensors, inputs)
+            results = loss_and_gradients(call, tensors)
         finally:
             torch.use_deterministic_algorithms(False)
     assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
@@ -160,18 +148,18 @@ def test_memory_that_nobody_wrote_is_never_used(operator: str) -> None:
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compiled_without_graph_breaks(operator: str) -> None:
-    tensors, inputs = example(operator)
-    call = EXAMPLES[operator][1]
+    tensors = draw(SMALL[operator], DEVICE, torch.float32)
+    call = SMALL[operator].call
     with use_backend("triton"):
         compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-        ours = loss_and_gradients(compiled, tensors, inputs)
-        eager = loss_and_gradients(call, tensors, inputs)
+        ours = loss_and_gradients(compiled, tensors)
+        eager = loss_and_gradients(call, tensors)
     assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_compiling_follows_the_backend(operator: str) -> None:
-    tensors, _ = example(operator)
+    tensors = draw(SMALL[operator], DEVICE, torch.float32)
     graphs = []
 
     def note(module: torch.fx.GraphModule, _):
@@ -179,31 +167,31 @@ def test_compiling_follows_the_backend(operator: str) -> None:
         return module
 
     torch.compiler.reset()
-    compiled = torch.compile(EXAMPLES[operator][1], fullgraph=True, backend=note)
+    compiled = torch.compile(SMALL[operator].call, fullgraph=True, backend=note)
     for backend in ("triton", "torch"):
         with use_backend(backend):
-            compiled(tensors)
+            compiled(**tensors)
     assert graphs == [True, False]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_checkpointing_draws_the_same_masks(operator: str) -> None:
-    tensors, inputs = example(operator)
-    call = EXAMPLES[operator][1]
+    tensors = draw(SMALL[operator], DEVICE, torch.float32)
+    call = SMALL[operator].call
     with use_backend("triton"):
-        ours = loss_and_gradients(lambda t: checkpoint(call, t, use_reentrant=False), tensors, inputs)
-        eager = loss_and_gradients(call, tensors, inputs)
+        ours = loss_and_gradients(lambda **t: checkpoint(call, use_reentrant=False, **t), tensors)
+        eager = loss_and_gradients(call, tensors)
     assert all(torch.equal(a, b) for a, b in zip(ours, eager, strict=True))
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_autocast_gives_the_dtypes_of_the_reference(operator: str) -> None:
-    tensors, inputs = example(operator)
+    tensors = draw(SMALL[operator], DEVICE, torch.float32)
     dtypes = []
     for backend in ("triton", "torch"):
         with use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
-            outputs = EXAMPLES[operator][1](tensors)
+            outputs = SMALL[operator].call(**tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        grads = torch.autograd.grad(sum(y.float().sum() for y in outputs), inputs)
+        grads = torch.autograd.grad(sum(y.float().sum() for y in outputs), floating(tensors))
         dtypes.append([t.dtype for t in (*outputs, *grads)])
     assert dtypes[0] == dtypes[1]

@@ -1,7 +1,7 @@
-"""Parts of a long run, each in a process of its own with a limit in time.
+"""Parts of a long run, each in a process of its own with a time limit.
 
-So one that hangs, or breaks the GPU's context, takes none of the others with it; what a part found before it was stopped is
-kept, and the record is written after every part.
+So one that hangs, or breaks the GPU's context, does not affect the others. The rows that a part found before it was stopped
+are kept, and the record is written after every part.
 """
 
 import json
@@ -16,18 +16,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import record
+from . import record
 
 Row = dict[str, Any]  # one result; "ok" is False where something is wrong and absent where nothing is judged
 Options = dict[str, Any]
 
 
 class Part(NamedTuple):
-    run: Callable[
-        [Options], Iterator[Row]
-    ]  # options: what the whole run was asked for, and "seconds", its limit
+    run: Callable[[Options], Iterator[Row]]  # options: those of the whole run, and "seconds", its limit
     seconds: int  # the most it may take
-    judges: bool = False  # whether its failure is ours: a timing may fail for a peer's sake
+    judges: bool = False  # whether its failure is ours: a timing may fail because of another implementation
 
 
 def run_parts(
@@ -35,12 +33,12 @@ def run_parts(
 ) -> None:
     """Run the parts in turn into `found` and write that to the file after each.
 
-    `found` gets "rows", each with the part's name as its "benchmark", and "parts": by name the seconds and, where a part failed
-    or was stopped, the error.
+    `found` gets "rows", each with the part's name as its "benchmark", and "parts": by name the seconds and, where a part
+    failed or was stopped, the error.
 
     Args:
-        module: whose `main` a part's process runs.
-        seconds: of all parts together; a part's own limit is no longer than what is left of them.
+        module: calls `part_main` when a part's process runs it.
+        seconds: for all parts together; no part gets more than what is left of them.
     """
     began = time.monotonic()
     found |= {"parts": {}, "rows": []}
@@ -60,7 +58,7 @@ def run_parts(
 
 
 def run_part(module: str, name: str, seconds: float, options: Options) -> tuple[list[Row], Row]:
-    """Run a part in a process of its own, for so many seconds at most; its rows, and how it went."""
+    """Run a part in a process of its own, for so many seconds at most; returns its rows and its status."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch, "rows.jsonl")
@@ -71,7 +69,7 @@ def run_part(module: str, name: str, seconds: float, options: Options) -> tuple[
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,  # so that what the part starts ends with it
+            start_new_session=True,  # so that the part's children end with it
         )
         late = threading.Event()
 
@@ -93,22 +91,20 @@ def run_part(module: str, name: str, seconds: float, options: Options) -> tuple[
     if late.is_set():
         status["error"] = f"stopped after {seconds:.0f} s"
     elif process.returncode:
-        status["error"] = next(
-            (text.strip() for text in reversed(printed) if text.strip()), "it printed nothing"
-        )
+        status["error"] = ("".join(printed).strip().splitlines() or ["it printed nothing"])[-1].strip()
     if "error" in status:
         status["printed"] = "".join(printed)[-4000:]
     return [json.loads(text) for text in lines], status
 
 
 def part_main(parts: Mapping[str, Part], name: str, file: str, options: str) -> None:
-    """A part's own process: its findings go into the file line by line."""
+    """A part's own process: write its rows to the file, line by line."""
     with open(file, "w", buffering=1) as rows:
         for row in parts[name].run(json.loads(options)):
-            rows.write(json.dumps(record._finite(row)) + "\n")
+            rows.write(json.dumps(record.finite(row)) + "\n")
 
 
 def environment() -> dict[str, str]:
-    """For a child process: this one's path. The clone itself is not on it, see __main__.py."""
+    """For a child process: the environment with this process's path. The clone itself is not on it, see __main__.py."""
     path = os.pathsep.join(filter(None, sys.path))
     return os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": path}

@@ -1,0 +1,364 @@
+"""One table of examples, operator, shapes and call, and the one rule by which a result is right.
+
+Doctor, sanitizer, benchmarks, kernel report, tile sweep and tests take their inputs from here. A new operator adds a
+builder, which has the operator's name, and a line in each of `SMALL`, `full_size` and `compiled`.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import kernels
+from .backend import use_backend
+
+GPT2_WIDTHS = (768, 1024, 1280, 1600)  # C of the four sizes, small first
+VOCABULARY, PADDED_VOCABULARY = 50257, 50304
+IGNORED = -100  # the target that does not count
+SLACK = {
+    "rounding": 1.0,  # one unit in the last place
+    "score": 4.0,  # attention rounds a score times log2(e) before it subtracts the maximum
+    "log-sum-exp": 16.0,  # a softmax from its logarithm, up to 32, in float32
+}
+
+Shape = tuple[int, ...]
+Tensors = dict[str, Tensor]
+Outputs = Tensor | tuple[Tensor, ...]
+
+
+class Integers(NamedTuple):
+    """An int64 input: uniform in [0, high); multiples of `every` become `often`."""
+
+    shape: Shape
+    high: int
+    often: int = 0
+    every: int = 0
+
+
+@dataclass(frozen=True)
+class Example:
+    """One operator at one size. `call` takes all inputs by name."""
+
+    operator: str
+    size: str
+    call: Callable[..., Outputs]
+    activations: Mapping[str, Shape]
+    parameters: Mapping[str, Shape] = field(default_factory=dict)  # float32 masters in training
+    integers: Mapping[str, Integers] = field(default_factory=dict)
+
+
+def draw(
+    example: Example,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    parameters: torch.dtype | None = None,
+    values: torch.dtype | None = None,
+    seed: int = 0,
+) -> Tensors:
+    """Random inputs by name; the floating ones require gradients.
+
+    Matrices of parameters are scaled by the power of two next to 1 / √columns, as a model's are: pre-activations and
+    logits are near 1, and the scaling rounds nothing.
+
+    Args:
+        dtype: of the activations.
+        parameters: dtype of the parameters, `dtype` by default.
+        values: every number is one of this dtype, `dtype` by default: the same seed gives the same numbers in any
+            wider dtype.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors: Tensors = {}
+    for name, (shape, high, often, every) in example.integers.items():
+        drawn = torch.randint(high, shape, generator=generator, device=device)
+        tensors[name] = drawn.masked_fill(drawn % every == 0, often) if every else drawn
+    for name, shape in {**example.activations, **example.parameters}.items():
+        target = dtype if name in example.activations else parameters or dtype
+        drawn = torch.randn(shape, generator=generator, device=device).to(values or dtype)
+        if name in example.parameters and len(shape) > 1:
+            drawn = drawn * 2.0 ** -round(math.log2(shape[-1]) / 2)
+        tensors[name] = drawn.to(target).requires_grad_()
+    return tensors
+
+
+def results(example: Example, tensors: Tensors, values: torch.dtype | None = None) -> list[Tensor]:
+    """The outputs and, where they have any, the gradients of the inputs, for random incoming gradients."""
+    outputs = as_tuple(example.call(**tensors))
+    if not outputs[0].requires_grad:
+        return list(outputs)
+    generator = torch.Generator(outputs[0].device).manual_seed(1)
+    incoming = [
+        torch.randn(y.shape, generator=generator, device=y.device).to(values or y.dtype).to(y.dtype)
+        for y in outputs
+    ]
+    leaves = [t for t in tensors.values() if t.requires_grad]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, incoming)]
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+# ---- the rule
+
+
+class Parity(NamedTuple):
+    """Both relative to the largest value of the float64 result."""
+
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for NaN
+
+
+def compare(ours: Tensor, torchs: Tensor, exact: Tensor, slack: str = "rounding") -> Parity:
+    """The rule: err(ours) <= 2 err(PyTorch in the same dtype) + slack, both errors the largest against float64.
+
+    Args:
+        slack: a name out of SLACK, in units in the last place of the largest value.
+    """
+    largest = exact.abs().max().item() or 1.0
+    error, torch_error = ((t.double() - exact).abs().max().item() / largest for t in (ours, torchs))
+    return Parity(error, 2 * torch_error + SLACK[slack] * torch.finfo(ours.dtype).eps)
+
+
+def worst(parities: Iterable[Parity]) -> Parity:
+    """The one closest to or furthest beyond what is allowed."""
+    return max(
+        parities, key=lambda parity: math.inf if math.isnan(parity.error) else parity.error / parity.allowed
+    )
+
+
+def parity(example: Example, device: torch.device | str, dtype: torch.dtype) -> Parity:
+    """The worst of an example's outputs and gradients."""
+
+    def run(computed: torch.dtype) -> list[Tensor]:
+        return results(example, draw(example, device, computed, values=dtype), values=dtype)
+
+    ours = run(dtype)
+    with use_backend("torch"):
+        torchs, exact = run(dtype), run(torch.float64)
+    return worst(map(compare, ours, torchs, exact))
+
+
+# ---- the builders
+
+
+def embed(
+    batch: int,
+    length: int,
+    columns: int,
+    vocabulary: int,
+    p: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    often: int | None = None,
+) -> Example:
+    """out_dtype: of the output where the tables are not float64. often: a token that is a twentieth of all."""
+
+    def call(wte: Tensor, **rest: Tensor) -> Tensor:
+        dtype = None if wte.dtype == torch.float64 else out_dtype
+        return kernels.embed(wte=wte, dropout_p=p, stream=1, out_dtype=dtype, **rest)
+
+    ids = Integers((batch, length), vocabulary, *(() if often is None else (often, 20)))
+    tables = {"wte": (vocabulary, columns), "wpe": (length, columns)}
+    return Example(
+        "embed", f"{batch * length} x {columns}, p = {p}", call, {}, tables, {"ids": ids} | _seed(p)
+    )
+
+
+def layer_norm(rows: int, columns: int) -> Example:
+    vectors = {"weight": (columns,), "bias": (columns,)}
+    return Example("layer_norm", f"{rows} x {columns}", kernels.layer_norm, {"x": (rows, columns)}, vectors)
+
+
+def add_layer_norm(rows: int, columns: int, p: float = 0.0, x_bias: bool = True) -> Example:
+    matrices = dict.fromkeys(("x", "residual"), (rows, columns))
+    vectors = dict.fromkeys(("weight", "bias", *(["x_bias"] if x_bias else [])), (columns,))
+    call = partial(kernels.add_layer_norm, dropout_p=p, stream=2)
+    return Example("add_layer_norm", f"{rows} x {columns}, p = {p}", call, matrices, vectors, _seed(p))
+
+
+def linear(rows: int, columns: int, out: int) -> Example:
+    parameters = {"weight": (out, columns), "bias": (out,)}
+    return Example(
+        "linear", f"{rows} x {columns} to {out}", kernels.linear, {"x": (rows, columns)}, parameters
+    )
+
+
+def causal_attention(
+    batch: int,
+    length: int,
+    n_head: int,
+    head_dim: int,
+    p: float = 0.0,
+    first_key: bool = False,
+    **options: Any,
+) -> Example:
+    """options: of `causal_attention`."""
+    width = n_head * head_dim
+    call = partial(kernels.causal_attention, n_head=n_head, dropout_p=p, stream=3, **options)
+    size = f"{batch} x {length} x 3 x {width}, {n_head} heads, p = {p}{_named(options)}"
+    integers = _first_key(first_key, batch, length, length) | _seed(p)
+    size += ", first_key" if first_key else ""
+    return Example("attention", size, call, {"qkv": (batch, length, 3 * width)}, {}, integers)
+
+
+def attention(
+    batch: int,
+    q_len: int,
+    k_len: int,
+    n_head: int,
+    head_dim: int,
+    p: float = 0.0,
+    first_key: bool = False,
+    shared: bool = False,
+    trained: bool = True,
+    **options: Any,
+) -> Example:
+    """options: of `attention`.
+
+    shared: all sequences see the keys of one; their batch stride is 0, which no descriptor holds. trained: False calls
+    it without gradients, as decoding does.
+    """
+
+    def call(q: Tensor, k: Tensor, v: Tensor, **integers: Any) -> Tensor:
+        k, v = (t.expand(batch, *t.shape[1:]) for t in (k, v))
+        with torch.set_grad_enabled(trained):
+            return kernels.attention(q, k, v, p, stream=3, **integers, **options)
+
+    shapes = {"q": (batch, q_len, n_head, head_dim)}
+    shapes |= dict.fromkeys("kv", (1 if shared else batch, k_len, n_head, head_dim))
+    integers = _first_key(first_key, batch, q_len, k_len) | _seed(p)
+    size = f"{batch} x {q_len} over {k_len} x {n_head} x {head_dim}, p = {p}{_named(options)}"
+    size += ", shared keys" if shared else ""
+    size += ", first_key" if first_key else ""
+    return Example("attention", size, call, shapes, {}, integers)
+
+
+def gelu_mlp(rows: int, columns: int, **options: Any) -> Example:
+    """options: of `gelu_mlp`; b_proj=None leaves that bias out."""
+    hidden = 4 * columns
+    parameters: dict[str, Shape] = {"w_fc": (hidden, columns), "b_fc": (hidden,)}
+    parameters |= {"w_proj": (columns, hidden), "b_proj": (columns,)}
+    parameters = {name: shape for name, shape in parameters.items() if name not in options}
+    call, size = partial(kernels.gelu_mlp, **options), f"{rows} x {columns}{_named(options)}"
+    return Example("gelu_mlp", size, call, {"x": (rows, columns)}, parameters)
+
+
+def linear_cross_entropy(
+    rows: int, columns: int, vocabulary: int, padding: int = 0, ignored: bool = False, **options: Any
+) -> Example:
+    """padding: more rows of the weight. ignored: a ninth of the targets. options: of `linear_cross_entropy`."""
+    padded = vocabulary + padding
+    call = partial(kernels.linear_cross_entropy, vocab_size=vocabulary, **options)
+    targets = Integers((rows,), vocabulary, *((IGNORED, 9) if ignored else ()))
+    return Example(
+        "linear_cross_entropy",
+        f"{rows} x {columns} x {padded}{_named(options)}",
+        call,
+        {"x": (rows, columns)},
+        {"weight": (padded, columns)},
+        {"targets": targets},
+    )
+
+
+def dropout(rows: int, columns: int, p: float = 0.1) -> Example:
+    call = partial(kernels.dropout, p=p, stream=4)
+    return Example("dropout", f"{rows} x {columns}", call, {"x": (rows, columns)}, {}, _seed(p))
+
+
+def _seed(p: float) -> dict[str, Integers]:
+    return {"seed": Integers((1,), 2**62)} if p else {}
+
+
+def _first_key(wanted: bool, batch: int, q_len: int, k_len: int) -> dict[str, Integers]:
+    return {"first_key": Integers((batch, q_len), k_len)} if wanted else {}
+
+
+def _named(options: dict[str, Any]) -> str:
+    return "".join(f", {name} = {value}" for name, value in options.items())
+
+
+# ---- the sets
+
+# uneven on purpose
+SMALL: dict[str, Example] = {
+    example.operator: example
+    for example in (
+        embed(2, 70, 96, 131, 0.1),
+        layer_norm(140, 96),
+        add_layer_norm(140, 96, 0.1),
+        linear(140, 96, 131),
+        causal_attention(2, 70, 3, 32, 0.1),
+        gelu_mlp(140, 96),
+        linear_cross_entropy(140, 96, 128, 3),
+        dropout(140, 96),
+    )
+}
+WIDE_ROW = add_layer_norm(5, 9001, 0.1)  # its rows are taken in blocks
+
+
+def full_size(rows: int) -> list[Example]:
+    """The sizes of GPT-2's training, with all that the kernels can do."""
+    length, vocabulary = min(rows, 1024), min(16 * rows, PADDED_VOCABULARY)
+    tables = partial(embed, rows // length, length, vocabulary=vocabulary, often=11)
+    # a batch of 4: the float64 reference holds the T x T matrices of all heads
+    heads = ((min(rows, 1024), 12, 64), (min(rows, 777), 25, 64), (min(rows, 1024), 8, 128))
+    # an eighth of the rows: it holds all logits too
+    head = partial(linear_cross_entropy, max(rows // 8, 1), 768, VOCABULARY, PADDED_VOCABULARY - VOCABULARY)
+    return [
+        tables(columns=768),
+        tables(columns=1600, p=0.1),
+        *(layer_norm(rows, c) for c in GPT2_WIDTHS),
+        *(add_layer_norm(rows, c, p) for c in GPT2_WIDTHS for p in (0.0, 0.1)),
+        linear(rows, 768, 2304),
+        linear(rows, 1600, 1600),
+        *(causal_attention(4, *sizes, p) for sizes in heads for p in (0.0, 0.1)),
+        *(gelu_mlp(rows, c) for c in GPT2_WIDTHS),
+        gelu_mlp(rows, 768, approximate="none", recompute=True),
+        head(ignored=True),
+        head(ignored=True, reduction="none", label_smoothing=0.1, z_loss=1e-4),
+        dropout(rows, 768),
+    ]
+
+
+def compiled() -> Iterator[tuple[Example, torch.dtype]]:
+    """What the kernel report compiles: every row of `tiles.py`, every option that makes another kernel."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    rows, p = 37, 0.1
+    for dtype in (bf16, fp32):
+        yield dropout(rows, 768), dtype
+        yield linear(rows, 768, 2304), dtype
+        yield embed(1, rows, 768, 64, p, dtype), dtype
+        yield add_layer_norm(rows, 768, p), dtype
+        yield gelu_mlp(rows, 768, b_proj=None), dtype
+        for reduction in ("mean", "none"):
+            for label_smoothing in (0.0, 0.1):
+                options: dict[str, Any] = {"reduction": reduction, "label_smoothing": label_smoothing}
+                yield linear_cross_entropy(rows, 64, VOCABULARY, 47, **options), dtype
+    yield linear_cross_entropy(rows, 64, 1000, 24, label_smoothing=0.1), bf16
+    yield gelu_mlp(rows, 768, b_proj=None, approximate="none"), bf16
+    for columns in (128, 512):
+        yield embed(1, rows, columns, 64, p, bf16), bf16
+    yield layer_norm(rows, 768), bf16
+    for columns in (64, 256, 512, 1024, 1280, 1600, 2048, 4096, 8192, 65536):
+        yield add_layer_norm(rows, columns, p), bf16
+    for batch in (1, 2):  # of one head: two passes; of two, where two multiprocessors count: one pass
+        heads = partial(causal_attention, batch, rows, 1)
+        yield heads(64, causal=False), bf16
+        for head_dim in (64, 128):
+            yield heads(head_dim), bf16
+            yield heads(head_dim, p), bf16
+            yield heads(head_dim, p, first_key=True), bf16
+        for head_dim in (16, 32, 80):
+            yield heads(head_dim, p), bf16
+    for first_key in (False, True):
+        yield causal_attention(1, rows, 1, 64, p, first_key), fp32
+    for head_dim in (64, 128):
+        yield attention(2, rows, rows, 1, head_dim, p, shared=True), bf16
+        yield attention(2, 1, rows, 1, head_dim, first_key=True, trained=False), bf16
