@@ -35,7 +35,7 @@ train: $(LINK)/fusedgpt
 
 test: $(LINK)/fusedgpt
 	$(prepare) test parquet
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(LINK)/fusedgpt
 	$(prepare) test parquet
