@@ -1,8 +1,8 @@
-"""How good a model is: loss, perplexity and bits per byte; for the embedded tales beside the best that is possible.
+"""Evaluation: loss, perplexity and bits per byte; for the embedded tales also the best possible loss.
 
-Text is scored document by document: each starts from end-of-text where the corpus has several, and every token counts
-once. A tale fits the context whole, so the model's loss on tales can be compared with their probability under
-the grammar that wrote them, which no model can beat on average.
+Text is scored document by document: each starts from end-of-text if the corpus has several, and every token counts once.
+A tale fits into the context, so the model's loss on tales can be compared with their probability under the grammar that
+wrote them, which no model can beat on average.
 """
 
 import math
@@ -24,13 +24,13 @@ from .generate import generate
 from .model import GPT
 from .run import load_run
 
-SCORED = 500  # documents of a corpus whose probabilities are known
+SCORED = 500  # documents scored of a corpus that knows their probabilities
 
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """A model beside the source of its corpus: bits per byte of the same whole documents, and the share of the model's
-    own documents that the source could have written."""
+    """A model compared with the source of its corpus: bits per byte of both on the same documents, and the share of the
+    model's own documents that the source could have written."""
 
     bits_per_byte: float
     best_possible: float
@@ -61,8 +61,8 @@ def mean_loss(model: GPT, batches: Iterable[Batch], dtype: torch.dtype | None = 
 def validation_batches(
     shards: TokenShards, config: TrainConfig, context_length: int, device: torch.device
 ) -> list[Batch]:
-    """What a run is evaluated on while it trains, the same at every evaluation: windows, or whole documents where the
-    best possible loss on these is known."""
+    """The batches of every evaluation during training: windows, or whole documents if the corpus knows their
+    probabilities."""
     size = config.sequences
     if shards.corpus is None or shards.corpus.log_prob is None:
         return list(EvalWindows(shards.val, context_length, size, config.eval_windows, device))
@@ -72,8 +72,8 @@ def validation_batches(
 
 
 def best_possible(corpus: Corpus | None, tokenizer: Tokenizer, count: int) -> float | None:
-    """The least loss in nats a token that a model can have on the first `count` validation documents, end-of-text
-    included; None where the corpus does not know their probabilities."""
+    """The best possible loss in nats per token on the first `count` validation documents, end-of-text included; None if the
+    corpus does not know their probabilities."""
     if corpus is None or corpus.log_prob is None:
         return None
     texts = list(islice(corpus.val_texts(), count))
@@ -89,13 +89,13 @@ def evaluate_corpus(
     written: int = 200,
     seed: int = 0,
 ) -> CorpusReport:
-    """Score validation documents whole, let the model write `written` of its own, and ask the corpus about those.
+    """Score validation documents, generate `written` documents, and check which of these the source could have written.
 
     Raises:
         ValueError: the corpus does not know the probabilities of its documents.
     """
     if corpus.log_prob is None:
-        raise ValueError(f"{corpus.name}: the best possible loss is known for a corpus with log_prob only")
+        raise ValueError(f"{corpus.name}: this evaluation needs a corpus with log_prob")
     texts = list(islice(corpus.val_texts(), SCORED))
     documents = [encode_document(tokenizer, text) for text in texts]
     device = model.wte.weight.device
@@ -125,7 +125,7 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
 
     Args:
         path: a run folder.
-        data: what to score, all of it; by default the validation part of the run's own data.
+        data: a source, scored as a whole; by default the validation part of the run's own data.
         device: where to compute.
     """
     place = pick_device(device)
@@ -155,8 +155,7 @@ def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
 
 
 def _score_shards(model: GPT, shards: TokenShards, dtype: torch.dtype) -> tuple[float, int, float | None]:
-    """Loss in nats a token on windows of the validation part, tokens scored, and the bytes of a token (None where only
-    tokens are known)."""
+    """Loss in nats per token on windows of the validation part, number of tokens, and bytes per token (None if unknown)."""
     windows = EvalWindows(shards.val, model.config.context_length, 16, 4096, model.wte.weight.device)
     tokens = len(windows.windows) * model.config.context_length
     return mean_loss(model, windows, dtype), tokens, shards.val_bytes_per_token
@@ -165,7 +164,7 @@ def _score_shards(model: GPT, shards: TokenShards, dtype: torch.dtype) -> tuple[
 def _score_text(
     model: GPT, tokenizer: Tokenizer, corpus: Corpus, held_out: bool, dtype: torch.dtype
 ) -> tuple[float, int, float]:
-    """Loss in nats a token on the documents of the validation part or of all, tokens scored, and the bytes of a token."""
+    """Loss in nats per token on the documents (of the validation part if `held_out`), number of tokens, bytes per token."""
     context_length, device = model.config.context_length, model.wte.weight.device
     parts = [corpus.val_texts] if held_out else [corpus.train_texts, corpus.val_texts]
     texts = [text for part in parts for text in part()]

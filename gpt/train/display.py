@@ -1,4 +1,4 @@
-"""What a run shows: a live line on a terminal, one plain line a log interval elsewhere, and a closing page."""
+"""Progress of a run: a live line on a terminal, otherwise one plain line per log interval, and a final summary."""
 
 import os
 import shutil
@@ -90,7 +90,7 @@ class Display:
         self.bar.update(self.task, completed=step)
 
     def progress(self, record: dict[str, Any], steps: int) -> None:
-        """A log interval has ended."""
+        """Show the record of a log interval."""
         numbers = f"loss {record['loss']:.4f}  {_count(record['tokens_per_second'])} tokens/s"
         if "mfu" in record:
             numbers += f"  MFU {record['mfu']:.1%}"
@@ -129,7 +129,7 @@ class Display:
 
 
 def program() -> str:
-    """How this program is called from the shell that started it: `gpt` where that is on the PATH."""
+    """The command by which the shell calls this program: `gpt` if it is on the PATH."""
     script = Path(sys.executable).with_name("gpt")
     if not script.exists():
         return "python -m fusedgpt.gpt"
