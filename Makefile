@@ -1,9 +1,9 @@
 # fusedgpt's commands; `make` alone lists them.
-#   PYTHON=...  an interpreter that already has everything: no .venv is made
-#   ARGS=...    more flags for the program behind the target, e.g. make test ARGS="tests/data -x"
+#   PYTHON=...  an interpreter that already has everything; no .venv is made
+#   ARGS=...    more flags for the program behind the target: make test ARGS="tests/data -x"
 
 LINK := build/link
-# `python -m` would put this folder on sys.path, and `import kernels` in transformers would find ours instead of Hugging Face's.
+# `python -m` would put this folder on sys.path, where transformers' `import kernels` would find ours, not Hugging Face's.
 export PYTHONSAFEPATH := 1
 export MYPYPATH := $(LINK)
 
@@ -18,23 +18,24 @@ endif
 .PHONY: help train test check bench gpu kernels-report clean
 
 help:
-	@echo 'make train   trains a small GPT on the embedded corpus, about two minutes on two CPU cores: runs/tales'
-	@echo 'make test    all tests'
-	@echo 'make check   ruff and mypy'
-	@echo 'make bench   what is faster, by how much, on this machine: operators, step, memory, start-up, text; 3 minutes on a CPU'
-	@echo 'make gpu     on a machine with a GPU: parity, tests, sanitizer and timings, within eight minutes: bench/results/'
-	@echo 'make kernels-report  every kernel compiled for four architectures, no GPU needed: registers, spills, shared memory'
-	@echo 'make clean   removes .venv, caches and build output, never runs/'
-	@echo 'The first of them makes .venv and installs what it needs; PYTHON=... uses an interpreter that has everything.'
-	@echo 'ARGS="..." adds flags, e.g. make train ARGS="--steps 100".'
+	@echo 'make train   train a small GPT on the embedded corpus into runs/tales; about two minutes on two CPU cores'
+	@echo 'make test    run all tests'
+	@echo 'make check   run ruff and mypy'
+	@echo 'make bench   time operators, training step, memory, start-up and generation on this machine; 3 minutes on a CPU'
+	@echo 'make gpu     on a machine with a GPU: parity, tests, sanitizer and timings into bench/results; within eight minutes'
+	@echo 'make kernels-report  compile every kernel for four architectures: registers, spills, shared memory; needs no GPU'
+	@echo 'make clean   remove .venv, caches and build output, never runs/'
+	@echo
+	@echo 'The first target makes .venv and installs what it needs. PYTHON=... uses an interpreter that has everything.'
+	@echo 'ARGS="..." adds flags, for example: make train ARGS="--steps 100"'
 
 train: $(LINK)/fusedgpt
 	$(prepare)
-	$(PYTHON) -m fusedgpt.gpt train --preset tales --out runs/tales $(ARGS)
+	$(PYTHON) -m fusedgpt.gpt train --preset tales $(ARGS)
 
 test: $(LINK)/fusedgpt
 	$(prepare) test parquet
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -n auto --dist worksteal $(ARGS)
 
 check: $(LINK)/fusedgpt
 	$(prepare) test parquet
@@ -50,12 +51,12 @@ gpu: $(LINK)/fusedgpt
 	$(prepare) test parquet
 	$(PYTHON) -m fusedgpt.bench gpu $(ARGS)
 
-# ARGS="--json FILE" writes it as JSON too
+# ARGS="--json FILE" writes JSON too
 kernels-report: $(LINK)/fusedgpt
 	$(prepare)
 	$(PYTHON) -m fusedgpt.bench.gpu.kernels_report $(ARGS)
 
-# The package is the clone itself, whatever its folder is called: this link gives it its name, for mypy and for PYTHON=.
+# The package is the clone itself, whatever its folder is called; this link gives it its name, for mypy and for PYTHON=.
 $(LINK)/fusedgpt:
 	@mkdir -p $(LINK) && ln -sfn ../.. $@
 

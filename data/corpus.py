@@ -39,6 +39,8 @@ class Corpus:
     `train_texts()` and `val_texts()` start from the first document at every call. `fingerprint` changes whenever the
     documents may have changed (it does not cover `val_fraction`). `separated` says that there are several documents, which
     end-of-text divides once they are tokens. `n_bytes` is about how many bytes will be read, None where nobody can know.
+    `log_prob` is the natural logarithm of a document's probability (-inf: the source cannot write it), None for text of
+    unknown origin: where it is there, the best possible loss is a number.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Corpus:
     train_texts: Callable[[], Iterator[str]]
     val_texts: Callable[[], Iterator[str]]
     n_bytes: int | None = None
+    log_prob: Callable[[str], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,7 @@ def _tales(count: int) -> Corpus:
         separated=True,
         train_texts=lambda: islice(tales.stream(_TALES_TRAIN_SEED), count),
         val_texts=lambda: islice(tales.stream(_TALES_VAL_SEED), TALES_VAL),
+        log_prob=tales.log_prob,
     )
 
 
@@ -252,7 +256,9 @@ def _read_parquet(path: Path) -> Iterator[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(f"{path}: reading .parquet needs pyarrow: pip install 'fusedgpt[parquet]'") from None
+        raise ValueError(
+            f"{path}: reading .parquet needs pyarrow: pip install pyarrow, or from a clone pip install -e '.[parquet]'"
+        ) from None
     try:
         table = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:

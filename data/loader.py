@@ -55,10 +55,9 @@ class WindowOrder:
             tokens, length = self.tiling.tokens[shard], self.context_length
             start = (int(self._phases[shard]) + place * length) % len(tokens)
             before = tokens[max(0, start - length + 1) : start + 1]
-            if self.document_start is not None and len(
-                found := np.flatnonzero(before == self.document_start)
-            ):
-                start -= len(before) - 1 - int(found[-1])
+            if self.document_start is not None:
+                found = np.flatnonzero(before == self.document_start)
+                start -= len(before) - 1 - int(found[-1]) if len(found) else 0
             span = tokens[start : start + length + 1]
             if len(span) <= length:
                 span = np.concatenate([span, tokens[: length + 1 - len(span)]])
@@ -148,16 +147,19 @@ class TokenLoader:
                     f"cannot continue in the training data: its {names.get(key, key)} is {value}, and was {state.get(key)} "
                     "when the run was saved. Resume with the same data, seed and context length."
                 )
+        self.seek(int(state["position"]))
+
+    def seek(self, position: int) -> None:
+        """Continue at an earlier or later `position` of this loader."""
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
-        self.position = int(state["position"])
+        self.position = position
 
     def _identity(self) -> dict[str, int]:
         order, data = self._order, 0
-        for (
-            tokens
-        ) in order.tiling.tokens:  # length and first tokens tell texts apart, at no cost for large ones
+        # length and first tokens tell texts apart, at no cost for large ones
+        for tokens in order.tiling.tokens:
             data = zlib.crc32(f"{len(tokens)} {tokens[:1024].tolist()}".encode(), data)
         return {
             "seed": order.seed,
@@ -218,9 +220,8 @@ class _ReadAhead:
             batch = buffer.to(self._device, non_blocking=True)
             self._copied.append((self._stream.record_event(), buffer))
         current.wait_stream(self._stream)
-        batch.record_stream(
-            current
-        )  # the memory is the side stream's: not to be given out again before current has used it
+        # the memory belongs to the copy's stream: it must not be reused before `current` has read it
+        batch.record_stream(current)
         return batch
 
     def close(self) -> None:

@@ -19,7 +19,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,8 +44,8 @@ _FINEWEB_SHARDS = 103
 class TokenShards:
     """A tokenised corpus: the shard files of its two parts and the tokenizer whose ids they hold.
 
-    `separated`: end-of-text stands before every document (see the module). `val_bytes` (UTF-8) and `val_chars` measure the
-    validation texts, so that a loss can be given per byte or character; None where only tokens are known.
+    `val_bytes`: UTF-8 bytes of the validation texts, so that a loss can be given per byte; None where only tokens are known.
+    `corpus`: the text that was tokenised; None for a folder of shards or `fineweb10B`.
     """
 
     train: list[Path]
@@ -53,9 +53,12 @@ class TokenShards:
     train_tokens: int
     val_tokens: int
     tokenizer: Tokenizer
-    separated: bool
     val_bytes: int | None = None
-    val_chars: int | None = None
+    corpus: Corpus | None = None
+
+    @property
+    def val_bytes_per_token(self) -> float | None:
+        return self.val_bytes / self.val_tokens if self.val_bytes else None
 
 
 # ---- one shard
@@ -183,7 +186,7 @@ def token_shards(
     name, count = split_name(source)
     if name == "fineweb10B":
         shards = _fineweb(count or _FINEWEB_SHARDS, tokenizer)
-    elif is_shard_folder(source):
+    elif holds_tokens(source):
         shards = open_shards(source, tokenizer)
     else:
         if tokenizer is None:
@@ -194,7 +197,7 @@ def token_shards(
         folder = cache_dir() / "tokens" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
         if not folder.exists():
             tokenize(corpus, tokenizer, folder, progress)
-        return open_shards(folder, tokenizer)
+        return replace(open_shards(folder, tokenizer), corpus=corpus)
     check_range([*shards.train, *shards.val], shards.tokenizer.vocab_size)
     return shards
 
@@ -205,7 +208,7 @@ def stored_tokenizer(source: str | Path) -> Tokenizer | None:
 
     if split_name(source)[0] == "fineweb10B":
         return _gpt2()
-    if not is_shard_folder(source):
+    if not holds_tokens(source):
         return None
     path = Path(source) / "tokenizer.json"
     if not path.exists():
@@ -216,9 +219,10 @@ def stored_tokenizer(source: str | Path) -> Tokenizer | None:
     return load_tokenizer(path)
 
 
-def is_shard_folder(source: str | Path) -> bool:
-    """Whether `source` is a folder with training shards in it (`*train*.bin`)."""
-    return split_name(source)[0] is None and Path(source).is_dir() and any(Path(source).glob("*train*.bin"))
+def holds_tokens(source: str | Path) -> bool:
+    """Whether `source` is tokens already: a folder with training shards in it (`*train*.bin`), or `fineweb10B`."""
+    name = split_name(source)[0]
+    return name == "fineweb10B" if name else any(Path(source).glob("*train*.bin"))
 
 
 def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenShards:
@@ -243,9 +247,7 @@ def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Token
         train_tokens=sum(len(open_shard(path)) for path in train),
         val_tokens=sum(len(open_shard(path)) for path in val),
         tokenizer=tokenizer,
-        separated=meta.get("separated", True),
         val_bytes=meta.get("val_bytes"),
-        val_chars=meta.get("val_chars"),
     )
 
 
@@ -366,14 +368,19 @@ def _fineweb(count: int, tokenizer: Tokenizer | None) -> TokenShards:
         train_tokens=sum(len(open_shard(path)) for path in train),
         val_tokens=len(open_shard(val[0])),
         tokenizer=tokenizer,
-        separated=True,
     )
 
 
 def _gpt2() -> Tokenizer:
     from .tokenizers import make_tokenizer
 
-    return make_tokenizer("gpt2")
+    try:
+        return make_tokenizer("gpt2")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"fineweb10B takes shards of tokens, 0.2 GB each, from {_FINEWEB_URL} (or put into {cache_dir() / 'fineweb10B'} "
+            f"by hand), and GPT-2's vocabulary. To train on text of your own: --data FILE. {error}"
+        ) from None
 
 
 def _same(given: Tokenizer | None, stored: Tokenizer, what: str) -> Tokenizer:

@@ -26,7 +26,7 @@ import math
 import random
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, islice
@@ -399,22 +399,6 @@ class TaleGrammar:
             _, piece, todo, rows = branch
             pieces.append(piece)
         return "".join(pieces)
-
-    def longest(self, measure: Callable[[str], int] = len) -> int:
-        """A bound that no tale exceeds, in characters, or in tokens for a `measure` that counts tokens.
-
-        `measure` of a text must not exceed its sum over the text's pieces. The bound takes the longest
-        reading of every slot, whether or not one row of the table has them all, so it is close but not sharp.
-        """
-
-        def size(node: Node) -> int:
-            if isinstance(node, str):
-                return measure(node)
-            if isinstance(node, Slot):
-                return max(map(measure, node.readings))
-            return max(sum(map(size, option)) for option in node.options)
-
-        return size(self._start[0])
 
 
 TALES = TaleGrammar(TABLES, RULES)

@@ -7,15 +7,17 @@ import inspect
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, Union, get_type_hints, is_typeddict
+from functools import partial
+from typing import Annotated, Any, Union, get_type_hints
 
 import tyro
-from tyro.conf import Positional, PositionalMetavarFromFieldName, subcommand
+from tyro.conf import Fixed, Positional, PositionalMetavarFromFieldName, subcommand
 
 from .. import __version__
-from .commands import COMMANDS
-from .config import ALIASES, DROPOUT_ALIASES, nearest
+from .commands import COMMANDS, Sources, Train
+from .config import nearest
 
 DESCRIPTION = """GPT-2 training on fused Triton kernels, and the same in plain PyTorch on any CPU.
 
@@ -43,57 +45,50 @@ def parse(argv: Sequence[str]) -> Any:
     if name not in COMMANDS:
         there = f"; there are {', '.join(COMMANDS)}"
         raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS) or there}")
-    command = COMMANDS[name]
-    return tyro.cli(
-        command,
-        prog=f"gpt {name}",
-        description=inspect.getdoc(command),
-        args=_known_flags(command, argv[1:], f"gpt {name} --help"),
-        config=(PositionalMetavarFromFieldName,),
-    )
+    command, words = COMMANDS[name], argv[1:]
+    given = _given(command, words, f"gpt {name} --help")
+    settings: dict[str, Any] = {"prog": f"gpt {name}", "config": (PositionalMetavarFromFieldName,)}
+    default = None
+    if command is Train:
+        heard = [word for word in words if word not in ("-h", "--help")]
+        default = tyro.cli(Sources, args=heard, return_unknown_args=True, **settings)[0].train()
+    result = tyro.cli(command, args=words, default=default, description=inspect.getdoc(command), **settings)
+    return partial(result, given) if command is Train else result
 
 
-def _known_flags(command: type, words: Sequence[str], see: str) -> list[str]:
-    """The same words with every flag under its own name; ValueError for an unknown flag (a value never begins with --)."""
-    names, switches = {"help": "help"}, set()
-    for name, kind in _fields(command):
-        names |= dict.fromkeys((name, *ALIASES.get(name, ())), name)
-        if kind is bool:
-            names[f"no_{name}"] = f"no_{name}"
-            switches |= {name, f"no_{name}"}
-    if "dropout" in names:
-        names |= dict.fromkeys(DROPOUT_ALIASES, "dropout")
-    result = []
+def _given(command: type, words: Sequence[str], see: str) -> set[str]:
+    """The fields of `command` whose flags are in `words`; ValueError for an unknown flag (a value never begins with --)."""
+    flags = {"--help": "help"} | {flag: name for name, _, names in _fields(command) for flag in names}
+    switches = {flag for _, kind, names in _fields(command) if kind is bool for flag in names}
+    given = set()
     for word in words:
-        flag, equals, value = word.partition("=")
-        if flag.startswith("--"):
-            known = names.get(flag[2:].replace("-", "_"))
-            if known is None:
-                near = get_close_matches(flag, map(_as_flag, names), n=1)
-                raise ValueError(
-                    f"unknown flag {flag}; {f'did you mean {near[0]}?' if near else f'see {see}'}"
-                )
-            if equals and known in switches:
-                name = known.removeprefix("no_")
-                raise ValueError(f"{flag} takes no value: write {_as_flag(name)} or {_as_flag(f'no_{name}')}")
-            word = _as_flag(known) + equals + value
-        result.append(word)
-    return result
+        flag, equals, _ = word.partition("=")
+        if not flag.startswith("--"):
+            continue
+        flag = flag.replace("_", "-")
+        if flag not in flags:
+            near = get_close_matches(flag[2:], [known[2:] for known in flags], n=1)
+            hint = f"did you mean --{near[0]}?" if near else f"see {see}"
+            raise ValueError(f"unknown flag {word.partition('=')[0]}; {hint}")
+        if equals and flag in switches:
+            on = flag.replace("--no-", "--", 1)
+            raise ValueError(f"{flag} takes no value: write {on} or --no-{on[2:]}")
+        given.add(flags[flag])
+    return given
 
 
-def _fields(command: type) -> Iterator[tuple[str, Any]]:
-    """Name and type of every flag of a command."""
+def _fields(command: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
+    """Name, type and flags of every field that is set by flags."""
     for name, kind in get_type_hints(command, include_extras=True).items():
-        marks = getattr(kind, "__metadata__", ())
-        plain = kind.__origin__ if marks else kind
-        if is_typeddict(plain):
-            yield from get_type_hints(plain).items()
-        elif Positional not in marks:
-            yield name, plain
-
-
-def _as_flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+        plain, *marks = (kind.__origin__, *kind.__metadata__) if hasattr(kind, "__metadata__") else (kind,)
+        if is_dataclass(plain):
+            yield from _fields(plain)
+        elif Positional not in marks and Fixed not in marks:
+            others = [flag for mark in marks for flag in getattr(mark, "aliases", None) or ()]
+            names = [f"--{name.replace('_', '-')}", *others]
+            if plain is bool:
+                names += [f"--no-{flag[2:]}" for flag in names]
+            yield name, plain, tuple(names)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,70 +4,48 @@ tyro makes flags and help out of types and docstrings (`cli.py`). Nothing heavy 
 before a command runs: commands import what they call.
 """
 
-import ast
-import inspect
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import chain, pairwise
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
-from tyro.conf import OmitArgPrefixes, Positional, UseAppendAction, arg
+from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
-from .config import PRESETS, ModelConfig, RunConfig, TrainConfig, preset
-from .settings import DEFAULT_PRESET, require_unused, resolve
+from .config import ALIASES, PRESETS, ModelConfig, RunConfig, TrainConfig
+from .settings import DEFAULT_PRESET, below_flags, merge, require_unused, resolve
 
 # ---- gpt train: its flags are the fields of ModelConfig and TrainConfig
 
 
-def _flags(config: type, leave_out: Sequence[str] = (), **more: Any) -> Any:
-    """A dictionary type for tyro with the fields of `config`: the parsed one holds the flags that were given, no others.
+def _flags(config: type, **more: tuple[Any, Any]) -> Any:
+    """`config` for tyro: with the names that other implementations use, and unchecked until all sources are merged.
 
-    The texts are the fields' docstrings, the defaults shown those of the preset that `gpt train` takes by itself.
+    Args:
+        config: a dataclass; its fields' docstrings are the help.
+        more: fields to add or to replace, as (type, default).
     """
-    (definition,) = ast.parse(inspect.getsource(config)).body
-    assert isinstance(definition, ast.ClassDef)
-    texts = {
-        a.target.id: " ".join(b.value.value.split())
-        for a, b in pairwise(definition.body)
-        if isinstance(a, ast.AnnAssign) and isinstance(a.target, ast.Name)
-        if isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant) and isinstance(b.value.value, str)
-    }
-    defaults = preset(DEFAULT_PRESET).flat()
-    flags = {
-        name: Annotated[kind, arg(help=texts[name], help_behavior_hint=f"(default: {defaults[name]!r})")]
-        for name, kind in get_type_hints(config).items()
-        if name not in leave_out
-    }
-    return TypedDict(f"{config.__name__}Flags", flags | more, total=False)  # type: ignore[operator, misc]
-
-
-if TYPE_CHECKING:
-    ModelFlags = dict[str, Any]
-    TrainFlags = dict[str, Any]
-else:
-    # the vocabulary's size is the tokenizer's
-    ModelFlags = _flags(
-        ModelConfig,
-        leave_out=["vocab_size"],
-        dropout=Annotated[float, arg(help="All three dropout rates at once.", help_behavior_hint="")],
+    kinds = get_type_hints(config)
+    for name, others in ALIASES.items():
+        if name in kinds:
+            named = arg(aliases=[f"--{other.replace('_', '-')}" for other in others])
+            more[name] = (Annotated[kinds[name], named], getattr(config, name))
+    own = [(name, kind, field(default=default)) for name, (kind, default) in more.items()]
+    return make_dataclass(
+        config.__name__, own, bases=(config,), frozen=True, namespace={"__post_init__": lambda _: None}
     )
-    TrainFlags = _flags(TrainConfig)
+
+
+ONE_RATE = arg(aliases=["--drop-rate"], help="All three dropout rates at once.", help_behavior_hint="")
+# the vocabulary's size is the tokenizer's
+ModelFlags = _flags(
+    ModelConfig, vocab_size=(Suppress[Fixed[int]], 1), dropout=(Annotated[float, ONE_RATE], 0.0)
+)
+TrainFlags = _flags(TrainConfig)
 
 
 @dataclass
-class Train:
-    """Train a model from text to a run folder.
-
-        gpt train --preset tales
-        gpt train --preset gpt2 --data novel.txt --out runs/novel --batch-size 32
-        gpt train --config runs/novel/config.toml --lr 1e-3 --out runs/novel-2
-        gpt train --resume runs/novel --steps 4000
-
-    Defaults < preset < resumed run < TOML file < flags. Shown: the preset small.
-
-    Names of other implementations work too: --emb-dim, --n-layers, --drop-rate.
-    """
+class Sources:
+    """Where the settings of a run come from before flags."""
 
     preset: Annotated[
         str | None,
@@ -81,13 +59,43 @@ class Train:
     """Settings in TOML, in sections [model] and [train] or without sections."""
     resume: Annotated[Path | None, arg(metavar="RUN", help_behavior_hint="")] = None
     """Continue this run in its folder, with its settings."""
-    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET)")] = None
-    """The run folder to make."""
-    model: OmitArgPrefixes[ModelFlags] = field(default_factory=dict)
-    training: OmitArgPrefixes[TrainFlags] = field(default_factory=dict)
 
-    def __call__(self) -> None:
-        settings = resolve(self.model | self.training, self.preset, self.config, self.resume, self.out)
+    def train(self) -> "Train":
+        """The command with what these sources say: what flags and `--help` start from."""
+        values, _ = merge(*below_flags(self.preset, self.config, self.resume))
+        shape = {one.name: values.pop(one.name) for one in fields(ModelConfig)}
+        return Train(
+            self.preset, self.config, self.resume, model=ModelFlags(**shape), training=TrainFlags(**values)
+        )
+
+
+@dataclass
+class Train(Sources):
+    """Train a model from text to a run folder.
+
+        gpt train --preset tales
+        gpt train --preset gpt2 --data novel.txt --out runs/novel --batch-size 32
+        gpt train --config runs/novel/config.toml --lr 1e-3 --out runs/novel-2
+        gpt train --resume runs/novel --steps 4000
+
+    Defaults < preset < resumed run < TOML file < flags. Beside --preset, --config or --resume, --help shows their values.
+    """
+
+    out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET, numbered)")] = (
+        None
+    )
+    """The run folder to make."""
+    model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)  # type: ignore[valid-type]
+    training: OmitArgPrefixes[TrainFlags] = field(default_factory=TrainFlags)  # type: ignore[valid-type]
+
+    def __call__(self, given: set[str]) -> None:
+        """Train; `given` has the names of the flags that were written, defaults or not."""
+        values = vars(self.model) | vars(self.training)
+        flags = {name: value for name, value in values.items() if name in given}
+        settings = resolve(flags, self.preset, self.config, self.resume, self.out)
+        usual = Path("runs", self.preset or DEFAULT_PRESET)
+        if not self.resume and not self.out and settings.out != usual:
+            print(f"{usual} is in use: this run goes to {settings.out}")
         from .train.loop import train
 
         train(settings.config, settings.out, settings.resume, settings.origins)
@@ -111,7 +119,7 @@ class Generate:
     """The folder of a run."""
     prompt: UseAppendAction[tuple[str, ...]] = ()
     """What to continue; give it again for several. Without it the model begins a document."""
-    max_tokens: int = 200
+    max_tokens: Annotated[int, arg(aliases=["--max-new-tokens"])] = 200
     """The most tokens to write."""
     temperature: float = 0.8
     """Above 1 more surprising, below 1 more likely text; 0: always the likeliest token."""
@@ -121,13 +129,13 @@ class Generate:
     """Draw from the likeliest tokens that together have this probability."""
     repetition_penalty: float = 1.0
     """Above 1: tokens that occurred already become less likely."""
-    stop: UseAppendAction[tuple[str, ...]] = ()
+    stop: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--stop-strings"])] = ()
     """End a text before this string; give it again for several."""
     seed: Annotated[
         int | None, arg(metavar="INT", help_behavior_hint="(default: another text each time)")
     ] = None
     """The same seed writes the same text."""
-    num_samples: int = 1
+    num_samples: Annotated[int, arg(aliases=["--num-return-sequences"])] = 1
     """Texts for each prompt."""
     device: str = "auto"
     """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
@@ -139,7 +147,7 @@ class Generate:
             )
         from .device import pick_device, pick_dtype
         from .generate import generate_text
-        from .train.checkpoint import load_run
+        from .run import load_run
 
         device = pick_device(self.device)
         run = load_run(self.run, device)
@@ -287,7 +295,7 @@ class Plot:
     def __call__(self) -> None:
         if not self.runs:
             raise ValueError("gpt plot takes the folder of a run, or several")
-        from .train.metrics import plot_runs
+        from .pictures import plot_runs
 
         print(plot_runs(list(self.runs), self.out))
 
@@ -311,7 +319,7 @@ class Import:
     def __call__(self) -> None:
         require_unused(self.run)
         from .huggingface import import_model, import_tokenizer
-        from .train.checkpoint import create_run
+        from .run import create_run
 
         model, tokenizer = import_model(self.folder), import_tokenizer(self.folder)
         config = RunConfig(model.config, TrainConfig(tokenizer=tokenizer.kind))
@@ -339,7 +347,7 @@ class Export:
     def __call__(self) -> None:
         require_unused(self.folder)
         from .huggingface import export_model
-        from .train.checkpoint import load_run
+        from .run import load_run
 
         run = load_run(self.run)
         export_model(run.model, run.tokenizer, self.folder)

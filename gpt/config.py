@@ -58,12 +58,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
-            _require(
-                _is_int(getattr(self, name)) and getattr(self, name) >= 1,
-                self,
-                name,
-                "a whole number from 1 up",
-            )
+            _require_whole(self, name, 1)
         for name in DROPOUTS:
             _require(0.0 <= getattr(self, name) < 1.0, self, name, "a probability from 0 to below 1")
         if self.n_embd % self.n_head:
@@ -143,6 +138,10 @@ class TrainConfig:
     """Adam's decay rate of the mean of squared gradients."""
     grad_clip: float = 1.0
     """Largest norm of all gradients together; 0: no clipping."""
+    label_smoothing: float = 0.0
+    """Share of each training target that is spread evenly over the vocabulary; evaluation has none."""
+    z_loss: float = 0.0
+    """Coefficient of the squared log-sum-exp of the logits in the training loss (PaLM: 1e-4); evaluation has none."""
 
     device: str = "auto"
     """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
@@ -176,7 +175,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     min_accepted: float = 0.0
-    """Tales only: fail where the grammar accepts a smaller share of the tales that the trained model writes."""
+    """Tales only: fail where the grammar accepts a smaller share of the tales that the trained model writes. A preset's
+    value counts only in runs of at least that preset's steps."""
     tensorboard: bool = False
     """Also log to TensorBoard, into the run's folder."""
     wandb: bool = False
@@ -189,15 +189,10 @@ class TrainConfig:
         whole |= {"save_interval": 1, "keep_checkpoints": 1, "bpe_vocab_size": 257}
         whole |= {"warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0}
         for name, low in whole.items():
-            _require(
-                _is_int(getattr(self, name)) and getattr(self, name) >= low,
-                self,
-                name,
-                f"a whole number from {low} up",
-            )
-        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "epochs"):
+            _require_whole(self, name, low)
+        for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "z_loss", "epochs"):
             _require(0.0 <= getattr(self, name) < float("inf"), self, name, "a number from 0 up")
-        for name in ("min_lr_ratio", "cooldown_fraction", "min_accepted"):
+        for name in ("min_lr_ratio", "cooldown_fraction", "label_smoothing", "min_accepted"):
             _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a number from 0 to 1")
         for name in ("beta1", "beta2", "val_fraction"):
             _require(0.0 <= getattr(self, name) < 1.0, self, name, "a number from 0 to below 1")
@@ -381,6 +376,11 @@ def preset(name: str) -> RunConfig:
     return RunConfig.from_flat(PRESETS[name])
 
 
+def full_length(config: TrainConfig) -> int:
+    """The steps that `min_accepted` asks for: those of the preset that has this value, 0 for a value of the user's own."""
+    return next((p["steps"] for p in PRESETS.values() if p.get("min_accepted") == config.min_accepted), 0)
+
+
 def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
     """The same values under this project's names.
 
@@ -409,7 +409,7 @@ def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> di
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """`; did you mean ...?` with the nearest option (and what it stands for), or nothing where none is near."""
-    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(name, list(options), n=1)
     if not matches:
         return ""
     meaning = next((key for key, aliases in ALIASES.items() if matches[0] in aliases), None)
@@ -418,6 +418,11 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require_whole(config: object, name: str, low: int) -> None:
+    value = getattr(config, name)
+    _require(_is_int(value) and value >= low, config, name, f"a whole number from {low} up")
 
 
 def _require(condition: bool, config: object, name: str, takes: str) -> None:

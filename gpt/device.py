@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .train.step import DTYPES
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def find_gpu() -> tuple[bool, str | None]:

@@ -6,31 +6,31 @@ the grammar that wrote them, which no model can beat on average.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from ..data import tales
-from ..data.corpus import open_corpus, split_name
-from ..data.shards import TokenShards, is_shard_folder, token_shards
+from ..data.corpus import Corpus, open_corpus
+from ..data.documents import IGNORED, document_batches, encode_document
+from ..data.shards import TokenShards, holds_tokens, token_shards
 from ..data.tokenizers import Tokenizer
-from ..data.windows import EvalWindows
+from ..data.windows import Batch, EvalWindows
 from .config import TrainConfig
 from .device import pick_device, pick_dtype
 from .generate import generate
 from .model import GPT
-from .train.checkpoint import load_run
+from .run import load_run
 
-IGNORED = -100  # a target that does not count
-Batch = tuple[Tensor, Tensor]
+SCORED = 500  # documents of a corpus whose probabilities are known
 
 
 @dataclass(frozen=True)
-class TalesReport:
-    """A model beside the grammar: bits per byte of the same whole tales, and the share of its own that are tales."""
+class CorpusReport:
+    """A model beside the source of its corpus: bits per byte of the same whole documents, and the share of the model's
+    own documents that the source could have written."""
 
     bits_per_byte: float
     best_possible: float
@@ -61,63 +61,42 @@ def mean_loss(model: GPT, batches: Iterable[Batch], dtype: torch.dtype | None = 
 def validation_batches(
     shards: TokenShards, config: TrainConfig, context_length: int, device: torch.device
 ) -> list[Batch]:
-    """What a run is evaluated on while it trains, the same at every evaluation: windows, or whole tales."""
+    """What a run is evaluated on while it trains, the same at every evaluation: windows, or whole documents where the
+    best possible loss on these is known."""
     size = config.sequences
-    if split_name(config.data)[0] == "tales":
-        documents = [
-            encode_document(shards.tokenizer, tale) for tale in validation_tales(config.eval_windows)
-        ]
-        return list(document_batches(documents, context_length, size, device))
-    return list(EvalWindows(shards.val, context_length, size, config.eval_windows, device))
+    if shards.corpus is None or shards.corpus.log_prob is None:
+        return list(EvalWindows(shards.val, context_length, size, config.eval_windows, device))
+    texts = islice(shards.corpus.val_texts(), config.eval_windows)
+    documents = (encode_document(shards.tokenizer, text) for text in texts)
+    return list(document_batches(documents, context_length, size, device))
 
 
-def validation_tales(count: int) -> list[str]:
-    """The first tales of the validation part."""
-    texts = open_corpus("tales").val_texts()
-    return [tale for _, tale in zip(range(count), texts, strict=False)]
+def best_possible(corpus: Corpus | None, tokenizer: Tokenizer, count: int) -> float | None:
+    """The least loss in nats a token that a model can have on the first `count` validation documents, end-of-text
+    included; None where the corpus does not know their probabilities."""
+    if corpus is None or corpus.log_prob is None:
+        return None
+    texts = list(islice(corpus.val_texts(), count))
+    tokens = sum(len(encode_document(tokenizer, text)) - 1 for text in texts)
+    return -sum(map(corpus.log_prob, texts)) / tokens
 
 
-def tales_floor(texts: list[str], tokenizer: Tokenizer) -> float:
-    """The best possible loss in nats a token on whole tales, end-of-text included."""
-    return -sum(map(tales.log_prob, texts)) / sum(len(encode_document(tokenizer, text)) - 1 for text in texts)
+def evaluate_corpus(
+    model: GPT,
+    tokenizer: Tokenizer,
+    corpus: Corpus,
+    dtype: torch.dtype | None = None,
+    written: int = 200,
+    seed: int = 0,
+) -> CorpusReport:
+    """Score validation documents whole, let the model write `written` of its own, and ask the corpus about those.
 
-
-def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
-    return [tokenizer.end_of_text, *tokenizer.encode_ordinary(text), tokenizer.end_of_text]
-
-
-def document_batches(
-    documents: Iterable[list[int]], context_length: int, batch_size: int, device: torch.device
-) -> Iterator[Batch]:
-    """Documents as (inputs, targets), int64 of shape (B, ≤ context_length), every target once.
-
-    A document longer than the context continues in a further row, which does not see what came before.
+    Raises:
+        ValueError: the corpus does not know the probabilities of its documents.
     """
-    rows: list[list[int]] = []
-    for ids in documents:
-        rows += [ids[start : start + context_length + 1] for start in range(0, len(ids) - 1, context_length)]
-        while len(rows) >= batch_size:
-            yield _padded(rows[:batch_size], device)
-            rows = rows[batch_size:]
-    if rows:
-        yield _padded(rows, device)
-
-
-def _padded(rows: list[list[int]], device: torch.device) -> Batch:
-    length = max(map(len, rows)) - 1
-    inputs = torch.zeros(len(rows), length, dtype=torch.int64)
-    targets = torch.full((len(rows), length), IGNORED)
-    for row, ids in enumerate(rows):
-        inputs[row, : len(ids) - 1] = torch.tensor(ids[:-1])
-        targets[row, : len(ids) - 1] = torch.tensor(ids[1:])
-    return inputs.to(device), targets.to(device)
-
-
-def evaluate_tales(
-    model: GPT, tokenizer: Tokenizer, dtype: torch.dtype | None = None, written: int = 200, seed: int = 0
-) -> TalesReport:
-    """Score the validation tales whole, let the model write `written` tales, and ask the grammar about those."""
-    texts = validation_tales(500)
+    if corpus.log_prob is None:
+        raise ValueError(f"{corpus.name}: the best possible loss is known for a corpus with log_prob only")
+    texts = list(islice(corpus.val_texts(), SCORED))
     documents = [encode_document(tokenizer, text) for text in texts]
     device = model.wte.weight.device
     n_bytes = sum(len(text.encode()) for text in texts)
@@ -132,10 +111,10 @@ def evaluate_tales(
         dtype=dtype,
     )
     stories = [tokenizer.decode(token for token in ids if token != tokenizer.end_of_text) for ids in own]
-    accepted = [story for story in stories if tales.accepts(story)]
-    return TalesReport(
+    accepted = [story for story in stories if corpus.log_prob(story) > -math.inf]
+    return CorpusReport(
         bits_per_byte=nats / math.log(2) / n_bytes,
-        best_possible=-sum(map(tales.log_prob, texts)) / math.log(2) / n_bytes,
+        best_possible=-sum(map(corpus.log_prob, texts)) / math.log(2) / n_bytes,
         accepted=len(accepted) / len(stories),
         sample=(accepted or stories)[0],
     )
@@ -153,31 +132,41 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
     run = load_run(path, place)
     dtype = pick_dtype("auto", place)
     print(f"{path}, step {run.step:,}: {run.model.num_params():,} parameters")
-    source = data or run.config.train.data
-    if split_name(source)[0] == "tales":
-        report = evaluate_tales(run.model, run.tokenizer, dtype)
-        print("\n".join(report.lines()))
-        print(f"\n{report.sample}")
-        return
-    loss, tokens, n_bytes = _score(
-        run.model, run.tokenizer, source, data is None, run.config.train.val_fraction, dtype
-    )
+    source, val_fraction = data or run.config.train.data, run.config.train.val_fraction
+    if holds_tokens(source):
+        shards = token_shards(source, run.tokenizer, val_fraction, progress=True)
+        loss, tokens, bytes_per_token = _score_shards(run.model, shards, dtype)
+    else:
+        corpus = open_corpus(source, val_fraction)
+        if corpus.log_prob is not None:
+            report = evaluate_corpus(run.model, run.tokenizer, corpus, dtype)
+            print("\n".join(report.lines()))
+            print(f"\n{report.sample}")
+            return
+        loss, tokens, bytes_per_token = _score_text(run.model, run.tokenizer, corpus, data is None, dtype)
     print(f"{source}: {tokens:,} tokens")
     print(f"loss: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}")
-    if n_bytes:
-        print(f"      {loss * tokens / math.log(2) / n_bytes:.4f} bits a byte")
+    if bytes_per_token:
+        print(f"      {bits_per_byte(loss, bytes_per_token):.4f} bits a byte")
 
 
-def _score(
-    model: GPT, tokenizer: Tokenizer, source: str, held_out: bool, val_fraction: float, dtype: torch.dtype
-) -> tuple[float, int, int | None]:
-    """Loss in nats a token, tokens scored, and the bytes they stand for (None where only tokens are known)."""
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+    return nats_per_token / math.log(2) / bytes_per_token
+
+
+def _score_shards(model: GPT, shards: TokenShards, dtype: torch.dtype) -> tuple[float, int, float | None]:
+    """Loss in nats a token on windows of the validation part, tokens scored, and the bytes of a token (None where only
+    tokens are known)."""
+    windows = EvalWindows(shards.val, model.config.context_length, 16, 4096, model.wte.weight.device)
+    tokens = len(windows.windows) * model.config.context_length
+    return mean_loss(model, windows, dtype), tokens, shards.val_bytes_per_token
+
+
+def _score_text(
+    model: GPT, tokenizer: Tokenizer, corpus: Corpus, held_out: bool, dtype: torch.dtype
+) -> tuple[float, int, float]:
+    """Loss in nats a token on the documents of the validation part or of all, tokens scored, and the bytes of a token."""
     context_length, device = model.config.context_length, model.wte.weight.device
-    if is_shard_folder(source) or split_name(source)[0] == "fineweb10B":
-        shards = token_shards(source, tokenizer, val_fraction, progress=True)
-        windows = EvalWindows(shards.val, context_length, 16, 4096, device)
-        return mean_loss(model, windows, dtype), len(windows.windows) * context_length, None
-    corpus = open_corpus(source, val_fraction)
     parts = [corpus.val_texts] if held_out else [corpus.train_texts, corpus.val_texts]
     texts = [text for part in parts for text in part()]
     if corpus.separated:
@@ -186,6 +175,6 @@ def _score(
         documents = [tokenizer.encode_ordinary("".join(texts))]
     tokens = sum(len(ids) - 1 for ids in documents)
     if tokens == 0:
-        raise ValueError(f"{source}: the text is too short to score; it takes at least two tokens")
+        raise ValueError(f"{corpus.name}: the text is too short to score; it takes at least two tokens")
     loss = mean_loss(model, document_batches(documents, context_length, 16, device), dtype)
-    return loss, tokens, sum(len(text.encode()) for text in texts)
+    return loss, tokens, sum(len(text.encode()) for text in texts) / tokens

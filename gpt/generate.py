@@ -322,23 +322,12 @@ class _Sampler:
         repetition_penalty: float,
         seed: int | None,
     ) -> None:
-        for name, value, allowed, takes in (
-            (
-                "temperature",
-                temperature,
-                0.0 <= temperature < math.inf,
-                "a number from 0 up (0: the likeliest)",
-            ),
-            ("top_k", top_k, top_k >= 0, "a whole number from 0 up (0: no limit)"),
-            ("top_p", top_p, 0.0 < top_p <= 1.0, "a number above 0, up to 1 (1: no limit)"),
-            (
-                "repetition_penalty",
-                repetition_penalty,
-                0.0 < repetition_penalty < math.inf,
-                "a number above 0",
-            ),
-        ):
-            _require(allowed, name, value, takes)
+        allowed = 0.0 <= temperature < math.inf
+        _require(allowed, "temperature", temperature, "a number from 0 up (0: the likeliest)")
+        _require(top_k >= 0, "top_k", top_k, "a whole number from 0 up (0: no limit)")
+        _require(0.0 < top_p <= 1.0, "top_p", top_p, "a number above 0, up to 1 (1: no limit)")
+        allowed = 0.0 < repetition_penalty < math.inf
+        _require(allowed, "repetition_penalty", repetition_penalty, "a number above 0")
         self.rows, self.temperature, self.top_k, self.top_p = rows, temperature, top_k, top_p
         self.repetition_penalty = repetition_penalty
         seed = secrets.randbits(64) if seed is None else seed
@@ -383,9 +372,8 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int = 0, 
     order = None
     if top_k or top_p < 1.0:
         logits, order = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))  # (B, K), falling
-    logits = (
-        logits - logits.amax(-1, keepdim=True)
-    ) / temperature  # the subtraction: no temperature overflows
+    # the subtraction keeps any temperature from overflowing
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     p = torch.softmax(logits, -1)
     if top_p < 1.0:
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0.0)  # what comes after the threshold was reached

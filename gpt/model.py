@@ -25,6 +25,7 @@ from ..kernels import (
     linear_cross_entropy,
 )
 from .config import ModelConfig
+from .pretrained import Pretrained
 
 
 class Cache(Protocol):
@@ -115,8 +116,8 @@ class Block(nn.Module):
         return add_layer_norm(out, x, norm.weight, norm.bias, norm.eps, p, seed, stream, x_bias=bias)
 
 
-class GPT(nn.Module):
-    """The language model: token ids in, logits or a loss out.
+class GPT(nn.Module, Pretrained):
+    """The language model: token ids in, logits or a loss out. `Pretrained` loads one and writes text with it.
 
     The vocabulary's rows are padded to a multiple of 128 inside; logits, counts and exports have the true size.
     """
@@ -169,6 +170,8 @@ class GPT(nn.Module):
         recompute: bool = False,
         reduction: str = "mean",
         cache: Cache | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
     ) -> Tensor:
         """Logits, or the loss where targets are given.
 
@@ -182,6 +185,7 @@ class GPT(nn.Module):
             recompute: keep no activations inside blocks, compute them again in the backward.
             reduction: of the loss: "mean", "sum" or "none" (then (B · T,)).
             cache: keys and values seen before; the ids continue them. Inference only, under no_grad.
+            label_smoothing, z_loss: of the loss, see `linear_cross_entropy`.
 
         Returns:
             (B, T, vocab_size) logits in `dtype`, or the loss in nats, float32.
@@ -194,7 +198,13 @@ class GPT(nn.Module):
         if targets is None:
             return linear(y, head[: self.config.vocab_size])
         return linear_cross_entropy(
-            y.flatten(0, 1), head, targets.flatten(), vocab_size=self.config.vocab_size, reduction=reduction
+            y.flatten(0, 1),
+            head,
+            targets.flatten(),
+            vocab_size=self.config.vocab_size,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
 
     def hidden(

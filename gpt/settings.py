@@ -10,6 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import chain, count
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -44,6 +45,40 @@ class Settings:
     origins: dict[str, str]
 
 
+def merge(*layers: tuple[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values of layers (origin, values), each over the one before, and the origin of each value.
+
+    A layer that sets `steps` without `epochs` means steps: the epochs of the layers below are gone.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for origin, layer in layers:
+        if "steps" in layer and "epochs" not in layer:
+            layer = {**layer, "epochs": 0.0}
+        values |= layer
+        origins |= dict.fromkeys(layer, origin)
+    return values, origins
+
+
+def below_flags(
+    preset_name: str | None, file: Path | None, resume: Path | None
+) -> list[tuple[str, Mapping[str, Any]]]:
+    """The layers that flags go over; `resolve` has the arguments and errors."""
+    layers: list[tuple[str, Mapping[str, Any]]] = [
+        ("default", RunConfig(ModelConfig(), TrainConfig()).flat())
+    ]
+    if resume is None and preset_name is None:
+        preset_name = DEFAULT_PRESET
+    if preset_name is not None:
+        preset(preset_name)  # raises for an unknown name
+        layers.append((f"preset {preset_name}", PRESETS[preset_name]))
+    if resume is not None:
+        layers.append((f"run {resume}", read_run(resume)))
+    if file is not None:
+        layers.append((f"file {file}", read_config(file)))
+    return layers
+
+
 def resolve(
     flags: Mapping[str, Any],
     preset_name: str | None = None,
@@ -53,14 +88,12 @@ def resolve(
 ) -> Settings:
     """Lay the sources of settings over each other: defaults < preset < resumed run < file < flags.
 
-    A layer that sets `steps` without `epochs` means steps: the epochs of the layers below are gone.
-
     Args:
         flags: settings by name; other implementations' names (`ALIASES`) are known.
         preset_name: one of `PRESETS`; `DEFAULT_PRESET` where there is no run to resume either.
         file: a TOML file, see `read_config`.
         resume: the folder of a run to continue.
-        out: the folder of a new run; `runs/<preset>` by default.
+        out: the folder of a new run; by default `runs/<preset>`, numbered where that is in use.
 
     Raises:
         ValueError: an unknown preset or key (the nearest is named), a wrong type or value, settings that do not fit together
@@ -70,38 +103,28 @@ def resolve(
     """
     if resume is not None and out is not None and out.resolve() != resume.resolve():
         raise ValueError(f"--out {out} does not go with --resume {resume}: a run continues in its own folder")
-    layers: list[tuple[str, Mapping[str, Any]]] = [
-        ("default", RunConfig(ModelConfig(), TrainConfig()).flat())
-    ]
-    if resume is None and preset_name is None:
-        preset_name = DEFAULT_PRESET
-    if preset_name is not None:
-        preset(preset_name)  # raises for an unknown name
-        layers.append((f"preset {preset_name}", PRESETS[preset_name]))
-    run = read_run(resume) if resume is not None else {}
-    layers.append((f"run {resume}", run))
-    if file is not None:
-        layers.append((f"file {file}", read_config(file)))
-    layers.append(("flag", _checked(flags, "flags")))
-
-    values: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    for origin, layer in layers:
-        if "steps" in layer and "epochs" not in layer:
-            layer = {**layer, "epochs": 0.0}
-        values |= layer
-        origins |= dict.fromkeys(layer, origin)
-
+    layers = below_flags(preset_name, file, resume)
+    values, origins = merge(*layers, ("flag", _checked(flags, "flags")))
+    run = dict(layers).get(f"run {resume}", {})
     for key in FIXED:
         if key in run and values[key] != run[key]:
             raise ValueError(
                 f"{key} = {values[key]!r} ({origins[key]}) does not fit {resume}, which was begun with {run[key]!r}; "
                 f"leave it out, or start a new run with another --out"
             )
-    folder = resume or out or Path("runs", preset_name or DEFAULT_PRESET)
-    if resume is None:
-        require_unused(folder)
-    return Settings(RunConfig.from_flat(values), folder, resume is not None, origins)
+    config = RunConfig.from_flat(values)
+    if resume is not None:
+        return Settings(config, resume, True, origins)
+    if out is None:
+        first = Path("runs", preset_name or DEFAULT_PRESET)
+        numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
+        out = next(folder for folder in chain([first], numbered) if not _in_use(folder))
+    require_unused(out)
+    return Settings(config, out, False, origins)
+
+
+def _in_use(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def require_unused(folder: Path) -> None:
@@ -111,7 +134,7 @@ def require_unused(folder: Path) -> None:
             f"{folder}: output folder in use, it holds a run; continue that with: gpt train --resume {folder}, "
             "or choose another folder"
         )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if _in_use(folder):
         raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
 
 
@@ -119,14 +142,17 @@ def read_run(run: Path) -> dict[str, Any]:
     """The settings of the run in the folder `run`, flat.
 
     Raises:
-        FileNotFoundError: the folder holds no run; one of a similar name beside it is named.
+        FileNotFoundError: the folder holds no run; those beside it or in runs/ are named.
         ValueError: its config.toml is damaged.
     """
     file = run / "config.toml"
     if not file.is_file():
         what = "it has no config.toml" if run.exists() else "there is no such folder"
-        runs = [found.parent.name for found in run.parent.glob("*/config.toml")]
-        raise FileNotFoundError(f"{run} is not a run: {what}{nearest(run.name, runs)}")
+        runs = [
+            str(found.parent) for place in (run.parent, Path("runs")) for found in place.glob("*/config.toml")
+        ]
+        there = f"; there are {', '.join(sorted({*runs})[:5])}" if runs else ""
+        raise FileNotFoundError(f"{run} is not a run: {what}{nearest(str(run), runs) or there}")
     return read_config(file)
 
 

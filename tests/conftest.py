@@ -39,6 +39,12 @@ if (SHARED / "tokenizer").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tokenizer"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker a core, or one in all where tests share a GPU's memory."""
+    return 1 if _gpu_present() else len(os.sched_getaffinity(0))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public texts beside the checkout: the-verdict.txt, tinyshakespeare.txt, instruction-data.json."""

@@ -18,7 +18,7 @@ ALLOWED = {
 }
 FILES = {
     path.relative_to(ROOT).as_posix(): path
-    for folder in (*ALLOWED, "tests", "tools")
+    for folder in (*ALLOWED, "tests", "tools", "examples")
     for path in sorted((ROOT / folder).rglob("*.py"))
 }
 
@@ -79,6 +79,37 @@ def test_arrows_down_the_house_are_allowed() -> None:
         "from .backend import choose\nfrom ..kernels.checks import check", "kernels/mlp.py"
     )
     assert not wrong_arrows("from fusedgpt.kernels import linear", "tests/kernels/test_linear.py")
+
+
+def training_imports(source: str, path: str) -> list[str]:
+    """The imports from gpt/train that the file at `path` makes without being a part of it."""
+    package = ["fusedgpt", *path.split("/")[:-1]]
+    names = imported_modules(source, package)
+    return [name for name in names if f"{name}.".startswith("fusedgpt.gpt.train.")]
+
+
+def test_only_commands_and_the_bench_know_of_training() -> None:
+    """A run is loaded, used and drawn by what lies in gpt/ itself."""
+    others = [
+        name
+        for name in FILES
+        if name.count("/") == 1 and name.startswith("gpt/") and name != "gpt/commands.py"
+    ]
+    wrong = {name: training_imports(FILES[name].read_text(), name) for name in others}
+    assert not {name: imports for name, imports in wrong.items() if imports}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from .train.step import TrainStep",
+        "def late():\n    from . import train",
+        "import fusedgpt.gpt.train.loop",
+    ],
+)
+def test_an_import_from_training_is_seen(source: str) -> None:
+    assert training_imports(source, "gpt/run.py")
+    assert not training_imports("from .settings import read_run", "gpt/run.py")
 
 
 def test_every_file_says_what_it_holds() -> None:

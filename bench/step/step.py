@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...gpt.device import keep_freed_memory
-from ...gpt.train.metrics import Speedometer
+from ...gpt.train.throughput import Speedometer
 from ..timing import failure
 from .implementations import Implementation, builders
 from .memory import first_steps, release

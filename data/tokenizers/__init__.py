@@ -15,10 +15,13 @@ from .char import CharTokenizer
 from .gpt2 import GPT2Tokenizer
 from .word import WordTokenizer
 
+TRAINED = ("bpe", "word", "char")  # made from text; gpt2 has a vocabulary of its own
+
 __all__ = [
     "END_OF_TEXT",
     "FILE_NAME",
     "MAX_VOCAB_SIZE",
+    "TRAINED",
     "BPETokenizer",
     "CharTokenizer",
     "GPT2Tokenizer",
@@ -113,7 +116,7 @@ def make_tokenizer(
     name = str(name)
     if vocab_size is not None and name not in ("bpe", "word"):
         raise ValueError(f"vocab_size is for bpe and word only: the tokenizer {name} has a size of its own")
-    if name in ("bpe", "word", "char"):
+    if name in TRAINED:
         if texts is None:
             raise ValueError(f"a {name} tokenizer is made from text, and none was given")
         if name == "bpe":

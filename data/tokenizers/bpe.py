@@ -158,9 +158,8 @@ def learn_merges(words: Mapping[bytes, int], count: int) -> list[tuple[int, int]
     right = [i + 1 for i in range(len(ids))]
 
     counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    places: defaultdict[tuple[int, int], list[int]] = defaultdict(
-        list
-    )  # ascending; some no longer hold the pair
+    # ascending; some no longer hold the pair
+    places: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
     for i, pair in enumerate(pairwise(ids)):
         if border not in pair:
             counts[pair] += weight[i]

@@ -90,5 +90,6 @@ def _download() -> bytes:
         raise FileNotFoundError(
             f"GPT-2's vocabulary is not on this machine and cannot be fetched ({error}). Where there is a network, "
             f"download {URL} and put the file vocab.bpe (encoder.json may lie beside it) into a folder here; then set "
-            "TIKTOKEN_CACHE_DIR to that folder, or name the tokenizer gpt2:FOLDER"
+            "TIKTOKEN_CACHE_DIR to that folder, or name the tokenizer gpt2:FOLDER. Text of your own needs no vocabulary of "
+            "others: --tokenizer bpe trains one on it"
         ) from None

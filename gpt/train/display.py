@@ -16,7 +16,7 @@ from ...data.loader import TokenLoader
 from ...data.shards import TokenShards
 from ...kernels import explain
 from ..config import RunConfig
-from ..evaluate import TalesReport
+from ..evaluate import CorpusReport
 from ..model import GPT
 
 
@@ -76,6 +76,9 @@ class Display:
             f"train  {settings.steps:,} steps of {settings.batch_size} x {shape.context_length} tokens{parts} "
             f"({passes:.2g} passes), {settings.optimizer}, {settings.dtype} on {name}"
         )
+        terms = {"label smoothing": settings.label_smoothing, "z-loss": settings.z_loss}
+        if on := [f"{name} {value:g}" for name, value in terms.items() if value]:
+            self.say(f"       training loss with {' and '.join(on)}; validation loss is plain cross-entropy")
         probe = torch.empty(0, dtype=getattr(torch, settings.dtype), device=device)
         self.say(f"       {explain('attention', probe)}")
         if step:
@@ -109,9 +112,13 @@ class Display:
     def sample(self, text: str) -> None:
         self.console.print(Text("    " + text.strip().replace("\n", "\n    "), style="dim"))
 
-    def end(self, out: Path, steps: int, picture: Path, report: TalesReport | None) -> None:
+    def end(
+        self, out: Path, steps: int, picture: Path, report: CorpusReport | None, bits: float | None
+    ) -> None:
         if report:
             self.say("\n" + "\n".join(report.lines()) + f"\n\n{report.sample}")
+        elif bits is not None:
+            self.say(f"\nvalidation loss: {bits:.4f} bits a byte")
         gpt = program()
         self.say(
             f"\nloss curve  {picture}\n"

@@ -100,9 +100,8 @@ class Captured:
             causes: list[BaseException] = [error]
             while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
                 causes.append(cause)
-            with suppress(
-                RuntimeError
-            ):  # where the capture could not be ended, the allocator would stay in its pool
+            # where the capture could not be ended, the allocator would stay in its pool
+            with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.place.stream.device_index, self.place.pool)
             for cause in causes:
                 if isinstance(cause, torch.OutOfMemoryError):

@@ -1,10 +1,9 @@
 """Training from text to a run folder: prepare, then step, evaluate, log and save until done or interrupted."""
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -14,25 +13,26 @@ import torch
 
 from ...data.corpus import open_corpus, split_name
 from ...data.loader import TokenLoader
-from ...data.shards import stored_tokenizer, token_shards
-from ...data.tokenizers import Tokenizer, load_tokenizer, make_tokenizer
+from ...data.shards import TokenShards, holds_tokens, stored_tokenizer, token_shards
+from ...data.tokenizers import TRAINED, Tokenizer, load_tokenizer, make_tokenizer
+from ...data.windows import Batch
 from ...kernels import use_backend
-from ..config import RunConfig, TrainConfig
+from ..config import RunConfig, TrainConfig, full_length
 from ..device import keep_freed_memory, pick_device, pick_dtype, settled_heap
 from ..evaluate import (
-    Batch,
-    TalesReport,
-    evaluate_tales,
+    CorpusReport,
+    best_possible,
+    bits_per_byte,
+    evaluate_corpus,
     mean_loss,
-    tales_floor,
     validation_batches,
-    validation_tales,
 )
 from ..generate import generate_text
+from ..metrics import MetricsLog, overfitting
 from ..model import GPT
 from ..optim import Optimizers, build_optimizers, lr_factor
-from ..settings import write_config
-from .checkpoint import (
+from ..pictures import plot_runs
+from ..run import (
     latest_checkpoint,
     load_model,
     load_optimizers,
@@ -41,20 +41,17 @@ from .checkpoint import (
     save_checkpoint,
     start_run,
 )
+from ..settings import write_config
 from .display import Display, program
+from .interruption import Interrupted, check, collected, until
 from .memory import explained, largest_micro_batch
-from .metrics import (
-    MetricsLog,
-    Speedometer,
-    open_trackers,
-    overfitting,
-    peak_memory,
-    plot_runs,
-    require_trackers,
-)
 from .precompile import precompile
 from .step import TrainingError, TrainStep
+from .throughput import Speedometer, peak_memory
 from .trace import Trace
+from .trackers import open_trackers, require_trackers
+
+SLOW_STEP = 30.0  # seconds; longer ones are announced
 
 
 @dataclass
@@ -63,7 +60,7 @@ class Session:
 
     out: Path
     config: RunConfig
-    tokenizer: Tokenizer
+    shards: TokenShards
     model: GPT
     optimizers: Optimizers
     loader: TokenLoader
@@ -72,6 +69,7 @@ class Session:
     log: MetricsLog
     display: Display
     floor: float | None  # the best possible loss in nats a token, where it is known
+    signals: list[int]  # Ctrl-C and SIGTERM received
 
 
 def train(
@@ -89,14 +87,14 @@ def train(
         ValueError, OSError: the settings do not fit together, the data cannot be read, the folder is in use.
         TrainingError: the loss is no longer finite, a GPU's memory does not suffice, or the model fell short of
             `min_accepted`.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after the step has ended and a checkpoint has been written.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the micro-step in flight and a checkpoint of the last finished step.
     """
     with use_backend(config.train.backend):
         session = prepare(config, out, resume, origins or {})
         limits = explained(session.config.model, session.config.train, session.step.device)
-        with _interruption() as interrupted, session.display, closing(session.log), limits, settled_heap():
-            run_steps(session, interrupted)
-        if interrupted:
+        with collected(session.signals), session.display, closing(session.log), limits, settled_heap():
+            run_steps(session)
+        if session.signals:
             session.display.say(
                 f"stopped after step {session.step.step:,}; go on with: {program()} train --resume {out}"
             )
@@ -146,7 +144,8 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         if checkpoint:
             load_model(model, checkpoint)
             load_optimizers(model, optimizers, checkpoint)
-        step = TrainStep(model, optimizers, loader, config.train, step=state["step"])
+        signals: list[int] = []
+        step = TrainStep(model, optimizers, until(signals, loader), config.train, step=state["step"])
     if "loader" in state:
         loader.load_state_dict(state["loader"])
     if "scaler" in state:
@@ -163,11 +162,12 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         start_run(out, tokenizer)
     write_config(out / "config.toml", config, {**origins, **settled})
     log = MetricsLog(out / "metrics.jsonl", state["step"], open_trackers(config, out))
-    is_tales = split_name(config.train.data)[0] == "tales"
-    floor = tales_floor(validation_tales(config.train.eval_windows), tokenizer) if is_tales else None
+    floor = best_possible(shards.corpus, tokenizer, config.train.eval_windows)
     display.start(config, model, loader, shards, device, state["step"])
     compiling.join()
-    return Session(out, config, tokenizer, model, optimizers, loader, validation, step, log, display, floor)
+    return Session(
+        out, config, shards, model, optimizers, loader, validation, step, log, display, floor, signals
+    )
 
 
 def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> RunConfig:
@@ -197,62 +197,101 @@ def require_prompt(tokenizer: Tokenizer, config: RunConfig) -> None:
 
 def build_tokenizer(settings: TrainConfig) -> Tokenizer:
     """The tokenizer that the settings name, or the one that the data's tokens were made with, or one made from its text."""
-    if settings.tokenizer not in ("bpe", "word", "char"):
-        return make_tokenizer(settings.tokenizer)
-    if stored := stored_tokenizer(settings.data):
+    name = settings.tokenizer
+    # opened before a vocabulary is looked for: a mistake in the data is the first thing to mend
+    corpus = None if holds_tokens(settings.data) else open_corpus(settings.data, settings.val_fraction)
+    named = split_name(settings.data)[0] is not None
+    if (name in TRAINED or (name == "gpt2" and named)) and (stored := stored_tokenizer(settings.data)):
         return stored
-    corpus = open_corpus(settings.data, settings.val_fraction)
-    if settings.tokenizer == "char":  # it has no unknown character: those of the validation part count too
-        return make_tokenizer("char", chain(corpus.train_texts(), corpus.val_texts()))
-    size = settings.bpe_vocab_size if settings.tokenizer == "bpe" else None
-    return make_tokenizer(settings.tokenizer, corpus.train_texts(), size)
+    if corpus is None or name not in TRAINED:
+        return make_tokenizer(name)
+    if name == "char":  # it has no unknown character: those of the validation part count too
+        return make_tokenizer(name, chain(corpus.train_texts(), corpus.val_texts()))
+    return make_tokenizer(name, corpus.train_texts(), settings.bpe_vocab_size if name == "bpe" else None)
 
 
-def run_steps(session: Session, interrupted: list[int]) -> None:
-    """Step until the last one is done or a signal has come; leave a checkpoint of where it stopped."""
+def run_steps(session: Session) -> None:
+    """Step until the last one is done or a signal has come; leave a checkpoint of the last finished step."""
     settings, step = session.config.train, session.step
+    warn_of_slow_steps(session)
     speed = Speedometer(
         session.config.model, session.model.num_params(position_embeddings=False), step.device
     )
-    tokens_a_step = settings.batch_size * session.config.model.context_length
-    losses: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []  # of the steps since the last line of the log
     trace = Trace(session.out, step.device, settings.steps - step.step) if settings.profile else None
-    if step.step == 0:
-        evaluate(session, train_loss=None)
-        speed.start()
-    while step.step < settings.steps and not interrupted:
-        loss, norm = step()
-        losses.append(loss)
-        last = step.step == settings.steps or bool(interrupted)
-        if step.step % settings.log_interval == 0 or last:
-            record = {"step": step.step, "loss": finite_mean(losses, session)}
-            record |= {"lr": settings.lr * lr_factor(step.step - 1, settings), "grad_norm": norm.item()}
-            record |= speed.read(len(losses), tokens_a_step) | {"memory": peak_memory(step.device)}
-            record |= {"tokens": step.step * tokens_a_step, "epoch": round(session.loader.epoch, 4)}
-            record |= skipped_steps(session, len(losses))
-            session.log.write(record)
-            session.display.progress(record, settings.steps)
-            losses.clear()
-        else:
-            session.display.advance(step.step)
-        pause = time.perf_counter()
-        if trace:
-            trace.step()
-        if step.step % settings.eval_interval == 0 or last:
-            evaluate(session, finite_mean(losses, session) if losses else record["loss"])
-        if settings.sample_interval and step.step % settings.sample_interval == 0:
-            sample(session)
-        if step.step % settings.save_interval == 0 or last:
+    position = session.loader.position
+    try:
+        if step.step == 0:
+            evaluate(session, train_loss=None)
+            speed.start()
+        while step.step < settings.steps:
+            loss, norm = step()
+            position = session.loader.position
+            losses.append(loss)
+            last = step.step == settings.steps
+            if step.step % settings.log_interval == 0 or last:
+                logged = log(session, speed, losses, norm)
+                losses.clear()
+            else:
+                session.display.advance(step.step)
+            pause = time.perf_counter()
+            if trace:
+                trace.step()
+            if step.step % settings.eval_interval == 0 or last:
+                evaluate(session, finite_mean(losses, session) if losses else logged)
+            if settings.sample_interval and step.step % settings.sample_interval == 0:
+                sample(session)
+            if step.step % settings.save_interval == 0 or last:
+                save(session)
+            speed.pause(time.perf_counter() - pause)
+    except Interrupted:
+        session.loader.seek(position)
+        if losses:
+            log(session, speed, losses, norm)
+        if step.step:
             save(session)
-        speed.pause(time.perf_counter() - pause)
+            plot_runs([session.out])
     if trace:
         session.display.say(trace.summary())
+
+
+def warn_of_slow_steps(session: Session) -> None:
+    """Measure one sequence on a CPU, and say what a whole step takes where that is long."""
+    settings, step, context = session.config.train, session.step, session.config.model.context_length
+    if step.device.type != "cpu":
+        return
+    ids, seconds = torch.zeros(1, context, dtype=torch.int64), math.inf
+    for _ in range(2):  # the first allocates and starts threads
+        start = time.perf_counter()
+        step.micro_step(ids, ids)
+        step.abandon(1)
+        seconds = min(seconds, settings.batch_size * (time.perf_counter() - start))
+    if seconds > SLOW_STEP:
+        hours = seconds * (settings.steps - step.step) / 3600
+        session.display.say(
+            f"a step of {settings.batch_size} x {context:,} tokens will take about {seconds:,.0f} s here, the whole run "
+            f"{hours:,.0f} h: lower --batch-size, --context-length or the model's size, or take --preset small"
+        )
+
+
+def log(session: Session, speed: Speedometer, losses: list[torch.Tensor], norm: torch.Tensor) -> float:
+    """Write a line about the steps with these losses into the log; returns their mean."""
+    settings, step = session.config.train, session.step
+    tokens_a_step = settings.batch_size * session.config.model.context_length
+    record: dict[str, Any] = {"step": step.step, "loss": finite_mean(losses, session)}
+    record |= {"lr": settings.lr * lr_factor(step.step - 1, settings), "grad_norm": norm.item()}
+    record |= speed.read(len(losses), tokens_a_step) | {"memory": peak_memory(step.device)}
+    record |= {"tokens": step.step * tokens_a_step, "epoch": round(session.loader.epoch, 4)}
+    record |= skipped_steps(session, len(losses))
+    session.log.write(record)
+    session.display.progress(record, settings.steps)
+    return record["loss"]
 
 
 def evaluate(session: Session, train_loss: float | None) -> None:
     """Loss on the validation part, with a word where the model starts to overfit, and a sample of text."""
     step = session.step
-    loss = mean_loss(session.model, session.validation, step.dtype)
+    loss = mean_loss(session.model, until(session.signals, session.validation), step.dtype)
     record: dict[str, Any] = {
         "step": step.step,
         "val_loss": loss,
@@ -281,11 +320,12 @@ def sample(session: Session) -> str:
         return ""
     (text,) = generate_text(
         session.model,
-        session.tokenizer,
+        session.shards.tokenizer,
         [settings.prompt],
         max_tokens=settings.sample_tokens,
         seed=settings.seed,
         dtype=step.dtype,
+        on_text=lambda *_: check(session.signals),
     )
     text = settings.prompt + text
     with (session.out / "samples.txt").open("a", encoding="utf-8") as file:
@@ -340,33 +380,29 @@ def skipped_steps(session: Session, steps: int) -> dict[str, int]:
 
 
 def finish(session: Session) -> None:
-    """Draw the curve, say how good the model is and what can be done with it."""
+    """Draw the curve, say how good the model is and what can be done with it.
+
+    Raises:
+        TrainingError: a run of full length fell short of `min_accepted`.
+    """
     settings = session.config.train
-    report: TalesReport | None = None
-    if session.floor is not None:
-        report = evaluate_tales(session.model, session.tokenizer, session.step.dtype)
-    session.display.end(session.out, settings.steps, plot_runs([session.out]), report)
-    if report and report.accepted < settings.min_accepted:
+    report: CorpusReport | None = None
+    corpus = session.shards.corpus
+    if corpus is not None and corpus.log_prob is not None:
+        report = evaluate_corpus(session.model, session.shards.tokenizer, corpus, session.step.dtype)
+    bytes_per_token = session.shards.val_bytes_per_token
+    loss = next(record["val_loss"] for record in reversed(session.log.history) if "val_loss" in record)
+    bits = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
+    session.display.end(session.out, settings.steps, plot_runs([session.out]), report, bits)
+    if report is None or not settings.min_accepted:
+        return
+    if settings.steps < (full := full_length(settings)):
+        session.display.say(
+            f"\n--min-accepted {settings.min_accepted:g} was not applied: "
+            f"this run was shortened to {settings.steps:,} of the preset's {full:,} steps"
+        )
+    elif report.accepted < settings.min_accepted:
         raise TrainingError(
             f"only {report.accepted:.0%} of the generated tales are accepted by the grammar, below the "
             f"{settings.min_accepted:.0%} of --min-accepted; train for more --steps"
         )
-
-
-@contextmanager
-def _interruption() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM instead of dying of them; a second one kills at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        received.append(number)
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {}
-    for number in (int(signal.SIGINT), int(signal.SIGTERM)):
-        before[number] = signal.signal(number, note)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,9 +11,10 @@ import torch
 
 from ...kernels.backend import choose
 from ..config import ModelConfig, RunConfig, TrainConfig
+from ..device import DTYPES
 from ..model import GPT
 from ..optim import build_optimizers
-from .step import DTYPES, TrainingError, TrainStep
+from .step import TrainingError, TrainStep
 
 _CHUNK = 4096  # rows of logits that the fused head holds at a time, about
 _SPARE = 0.04  # of a GPU: what evaluation, samples and fragments take beside the step

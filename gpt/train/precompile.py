@@ -23,9 +23,10 @@ from torch.utils._pytree import tree_map_only
 
 from ...kernels.backend import choose
 from ..config import RunConfig
+from ..device import DTYPES
 from ..model import GPT
 from ..optim import build_optimizers
-from .step import DTYPES, TrainStep
+from .step import TrainStep
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 TOKENS = 2**15  # of a batch to compile with, at most: memory for one block and the head
@@ -80,9 +81,8 @@ def operator_calls(config: RunConfig, device: torch.device) -> dict[str, list[Ca
         ids = torch.zeros(sequences, length, dtype=torch.int64, device=device)
         step = TrainStep(model, build_optimizers(model, settings), repeat((ids, ids)), settings)
         step.micro_step(ids, ids)
-        with (
-            torch.inference_mode()
-        ):  # as mean_loss evaluates, whose module imports libraries that a GPU machine may lack
+        # as mean_loss evaluates, whose module imports libraries that a GPU machine may lack
+        with torch.inference_mode():
             model.eval()(ids, ids, dtype=step.dtype, reduction="sum")
     return calls.found
 

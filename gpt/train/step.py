@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ..config import TrainConfig
+from ..device import DTYPES
 from ..model import GPT
 from ..optim import FlatGradients, Optimizers, lr_factor
 from .graph import Captured, Place
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # float16's loss scale, as torch's GradScaler moves it: halved by a step that overflows, doubled after so many without
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
@@ -84,11 +84,19 @@ class TrainStep:
                 self.graphs["update"] = Captured("the update", place)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Do one step; returns its loss in nats a token and the gradients' norm before clipping, on the device."""
+        """Do one step; returns its loss in nats a token and the gradients' norm before clipping, on the device.
+
+        Where `batches` raises, the step is abandoned: weights, optimizers and seed are those of the last step.
+        """
         self.model.train()
         self.optimizers.set_lr(lr_factor(self.step, self.config))
-        for _ in range(self.config.accumulation):
-            self.run(self.micro_step, *next(self.batches))
+        for done in range(self.config.accumulation):
+            try:
+                batch = next(self.batches)
+            except BaseException:
+                self.abandon(done)
+                raise
+            self.run(self.micro_step, *batch)
         self.run(self.update)
         self.step += 1
         loss, norm = self.result.clone()
@@ -110,10 +118,18 @@ class TrainStep:
             dtype=self.dtype,
             residual_dtype=self.residual_dtype,
             recompute=self.config.activation_checkpointing,
+            label_smoothing=self.config.label_smoothing,
+            z_loss=self.config.z_loss,
         )
         loss.backward(self.loss_scale / self.config.accumulation)
         self.loss += loss.detach() / self.config.accumulation
         self.seed += 1  # only after the backward, which draws the forward's masks again
+
+    def abandon(self, done: int) -> None:
+        """Throw away what `done` micro-steps have added up."""
+        self.loss.zero_()
+        self.gradients.zero()
+        self.seed -= done
 
     @torch.no_grad()
     def update(self) -> None:

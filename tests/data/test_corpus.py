@@ -130,7 +130,9 @@ def test_parquet(tmp_path):
 
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ValueError, match=r"pip install 'fusedgpt\[parquet\]'"):
+    with pytest.raises(
+        ValueError, match=r"pip install pyarrow, or from a clone pip install -e '\.\[parquet\]'"
+    ):
         open_corpus(write(tmp_path / "a.parquet", "x"))
 
 

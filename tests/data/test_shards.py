@@ -47,6 +47,11 @@ def joined(paths) -> list[int]:
     return np.concatenate([open_shard(path) for path in paths]).tolist()
 
 
+def noted(made, key: str) -> object:
+    """What meta.json beside the shards says."""
+    return json.loads((made.val[0].parent / "meta.json").read_text())[key]
+
+
 def everything(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
@@ -169,8 +174,9 @@ def test_the_verdict_has_the_known_numbers_of_tokens(shared_data, gpt2_tokenizer
     gpt2 = tiktoken.get_encoding("gpt2")
     assert joined(made.train) == gpt2.encode(text[:cut])
     assert joined(made.val) == gpt2.encode(text[cut:])
-    assert (made.val_bytes, made.val_chars) == (len(text) - cut,) * 2
-    assert not made.separated
+    assert (made.val_bytes, noted(made, "val_chars")) == (len(text) - cut,) * 2
+    assert made.val_bytes_per_token == (len(text) - cut) / 534
+    assert not noted(made, "separated")
 
 
 @pytest.mark.parametrize(("kind", "train", "val"), [("gpt2", 301_966, 36_059), ("char", 1_003_854, 111_540)])
@@ -190,8 +196,8 @@ def test_documents_stand_between_end_of_text(tmp_path):
     eot = tokenizer.end_of_text
     assert joined(made.train) == [eot, 0, 1, eot, 1, 0, eot]
     assert joined(made.val) == [eot, 2, eot, 1, eot]
-    assert (made.train_tokens, made.val_tokens, made.val_bytes, made.val_chars) == (7, 5, 3, 2)
-    assert made.separated
+    assert (made.train_tokens, made.val_tokens, made.val_bytes, noted(made, "val_chars")) == (7, 5, 3, 2)
+    assert noted(made, "separated")
 
 
 def test_tales_start_with_end_of_text():
@@ -201,7 +207,8 @@ def test_tales_start_with_end_of_text():
     tales = list(open_corpus("tales:20").train_texts())
     assert ids[0] == ids[-1] == tokenizer.end_of_text
     assert tokenizer.decode(ids) == "<|endoftext|>" + "".join(tale + "<|endoftext|>" for tale in tales)
-    assert made.val_chars == sum(map(len, open_corpus("tales:20").val_texts()))
+    assert made.corpus.name == "tales:20"
+    assert noted(made, "val_chars") == sum(map(len, open_corpus("tales:20").val_texts()))
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "bpe", "word", "char"])
@@ -316,7 +323,7 @@ def test_a_folder_of_shards_is_a_source_and_brings_its_tokenizer(text, tmp_path)
     assert made.tokenizer.fingerprint() == tokenizer.fingerprint()
     assert stored_tokenizer(tmp_path / "out").fingerprint() == tokenizer.fingerprint()
     assert made.tokenizer.decode(joined(made.train) + joined(made.val)) == text.read_text()
-    assert (made.val_bytes, made.separated) == (225, False)
+    assert (made.val_bytes, made.corpus, noted(made, "separated")) == (225, None, False)
     with pytest.raises(ValueError, match=r"made with a bpe tokenizer of .* not the given one .char"):
         token_shards(tmp_path / "out", make_tokenizer("char", ["a"]))
 
@@ -340,7 +347,8 @@ def test_shards_of_others_take_a_tokenizer_that_fits(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer\.json beside the shards.*--tokenizer gpt2"):
         token_shards(folder)
     made = token_shards(folder, make_tokenizer("char", ["ab"]))  # a, b, end of text
-    assert (made.train_tokens, made.val_tokens, made.val_bytes, made.separated) == (3, 2, None, True)
+    assert (made.train_tokens, made.val_tokens, made.val_bytes) == (3, 2, None)
+    assert made.val_bytes_per_token is None
     with pytest.raises(
         ValueError, match=r"tiny_train\.bin: token 2 at position 2, but the vocabulary has 2 tokens"
     ):

@@ -53,6 +53,7 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of its first use
     cache = tmp_path / "cache"
     cache.mkdir()
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
@@ -139,7 +140,14 @@ def test_without_cache_and_network_it_says_what_to_do(
         monkeypatch.setenv("TIKTOKEN_CACHE_DIR", cache)
         with pytest.raises(FileNotFoundError) as caught:
             make_tokenizer("gpt2")
-        for hint in (gpt2.URL, "vocab.bpe", "encoder.json", "TIKTOKEN_CACHE_DIR", "gpt2:FOLDER"):
+        for hint in (
+            gpt2.URL,
+            "vocab.bpe",
+            "encoder.json",
+            "TIKTOKEN_CACHE_DIR",
+            "gpt2:FOLDER",
+            "--tokenizer bpe",
+        ):
             assert hint in str(caught.value)
 
 

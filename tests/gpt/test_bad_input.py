@@ -14,7 +14,7 @@ from fusedgpt.gpt.cli import main
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.huggingface import export_model
 from fusedgpt.gpt.model import GPT
-from fusedgpt.gpt.train.checkpoint import create_run
+from fusedgpt.gpt.run import create_run
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 
@@ -135,10 +135,10 @@ CASES = {
     "micro-batch that does not divide": (f"{TRAIN} --batch-size 8 --micro-batch 3", ["micro_batch = 3", "8"]),
     "micro-batch that is no number": (f"{TRAIN} --config micro.toml", ["micro_batch = 'many'", "or 'auto'"]),
     # runs
-    "missing run": ("generate runs/tin", ["runs/tin", "did you mean 'tiny'"]),
+    "missing run": ("generate runs/tin", ["runs/tin", "did you mean 'runs/tiny'"]),
     "folder that is no run": ("evaluate no_text", ["no_text", "config.toml"]),
     "run without a checkpoint": ("generate runs/bad-unsaved", ["runs/bad-unsaved", "checkpoint", "--resume"]),
-    "missing run to resume": ("train --resume runs/tin", ["runs/tin", "did you mean 'tiny'"]),
+    "missing run to resume": ("train --resume runs/tin", ["runs/tin", "did you mean 'runs/tiny'"]),
     "plot of no run": ("plot no_text", ["no_text"]),
     "tokenizer of another model": (
         "generate runs/bad-tokenizer",

@@ -6,6 +6,7 @@ import resource
 import shlex
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,10 @@ from fusedgpt import __version__
 from fusedgpt.data.shards import open_shard, open_shards
 from fusedgpt.data.tokenizers import CharTokenizer, load_tokenizer
 from fusedgpt.gpt.cli import COMMANDS, main, parse
-from fusedgpt.gpt.config import KEYS, ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.config import ALIASES, DROPOUT_ALIASES, KEYS, ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.model import GPT
-from fusedgpt.gpt.settings import read_config
-from fusedgpt.gpt.train.checkpoint import create_run
+from fusedgpt.gpt.run import create_run
+from fusedgpt.gpt.settings import read_config, write_config
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 40
 FLAGS = {
@@ -85,7 +86,7 @@ def ended(argv: list[str]) -> int | str | None:
 
 def shell(command: str) -> subprocess.CompletedProcess[str]:
     """Runs a shell command in which `gpt` is this checkout's."""
-    gpt = f"{sys.executable} -m fusedgpt.gpt"
+    gpt = f"{shlex.quote(sys.executable)} -m fusedgpt.gpt"
     line = command.replace("gpt ", f"{gpt} ", 1)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
     return subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120, env=environment)
@@ -108,6 +109,9 @@ def test_the_examples_in_the_help_are_commands_that_parse(
     assert ended([command, "--help"]) == 0
     examples = re.findall(r"^    gpt (.*)$", capsys.readouterr().out, flags=re.MULTILINE)
     assert examples, "one line each"
+    for run in ("novel", "gpt2"):
+        Path("runs", run).mkdir(parents=True)
+        write_config(Path("runs", run, "config.toml"), RunConfig(ModelConfig(), TrainConfig()), {})
     for example in examples:
         parse(shlex.split(example))
 
@@ -127,6 +131,37 @@ def test_the_help_shows_docstrings_and_the_default_presets_values(capsys: pytest
     assert "--n-embd INT Width of the residual stream. (default: 192)" in text
     assert "--bias, --no-bias Biases in LayerNorms" in text
     assert "folder of token shards, or one of the names" in text, "a docstring of two lines"
+
+
+def test_the_help_starts_from_preset_run_and_file(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.toml").write_text(
+        "hidden_size = 60\nn_head = 5\n"
+    )  # 4 layers of the preset, whatever fits together later
+    for sources, shown in {
+        "--preset gpt2": (
+            "--n-embd INT Width of the residual stream. (default: 768)",
+            "(default: fineweb10B)",
+        ),
+        "--preset=gpt2-xl": ("(default: 1600)", "(default: 48)"),
+        "--config run.toml": ("(default: 60)", "must divide n_embd. (default: 5)", "(default: 256)"),
+        f"--resume {run}": ("(default: 16)", "(default: text.txt)"),
+        f"--preset gpt2 --config run.toml --resume {run}": ("(default: 60)", "(default: text.txt)"),
+    }.items():
+        for argv in (f"train {sources} --help", f"train --help {sources}"):
+            assert ended(argv.split()) == 0
+            text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+            assert all(words in text for words in shown), sources
+
+
+def test_help_names_aliases(capsys: pytest.CaptureFixture[str]) -> None:
+    ended(["train", "--help"])
+    train = capsys.readouterr().out
+    for name in (*DROPOUT_ALIASES, *chain(*ALIASES.values())):
+        assert f"--{name.replace('_', '-')} " in train.replace(",", " "), name
+    assert "--given" not in train
+    ended(["generate", "--help"])
+    generate = capsys.readouterr().out
+    assert all(f"--{name}" in generate for name in ("max-new-tokens", "num-return-sequences", "stop-strings"))
 
 
 def test_help_is_fast_and_light() -> None:
@@ -172,6 +207,56 @@ def test_train_reads_a_file_and_a_run(trained: list[tuple[Any, ...]], run: str) 
     assert (origins["n_embd"], origins["steps"], origins["lr"]) == (f"run {run}", "file more.toml", "flag")
 
 
+def test_a_flag_that_repeats_the_preset_is_still_a_flag(trained: list[tuple[Any, ...]]) -> None:
+    """--steps 1000 is the default, and yet it takes the place of the preset's epochs."""
+    assert (
+        ended(["train", "--preset", "verdict", "--steps", "1000", "--learning-rate", "6e-3", "--no-qkv-bias"])
+        == 0
+    )
+    ((config, _, _, origins),) = trained
+    assert (config.train.steps, config.train.epochs) == (1000, 0.0)
+    assert {key for key, origin in origins.items() if origin == "flag"} == {
+        "steps",
+        "epochs",
+        "lr",
+        "qkv_bias",
+    }
+
+
+def test_what_only_fits_together_is_judged_together(trained: list[tuple[Any, ...]]) -> None:
+    Path("five.toml").write_text("n_head = 5\n")  # of 192
+    assert ended(["train", "--config", "five.toml", "--n-embd", "160"]) == 0
+    assert trained[0][0].model.head_dim == 32
+    assert ended(["train", "--config", "five.toml"]) == 2
+
+
+def test_the_default_folder_is_numbered(
+    trained: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in ("", "-2", "-3"):
+        assert ended(["train", "--preset", "tales"]) == 0
+        folder = trained[-1][1]
+        assert folder == Path(f"runs/tales{number}")
+        told = f"runs/tales is in use: this run goes to {folder}\n" if number else ""
+        assert capsys.readouterr().out == told
+        folder.mkdir(parents=True)
+        (folder / "config.toml").touch()
+
+
+def test_generate_takes_the_names_of_transformers(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = f"generate {run} --prompt the --max_new_tokens=5 --num-return-sequences 2 --top_k 3 --top-p 0.9 --seed 1"
+    assert ended(argv.split()) == 0
+    first = capsys.readouterr().out
+    assert first.count("---") == 2
+    assert (
+        ended(
+            f"generate {run} --prompt the --max-tokens 5 --num-samples 2 --top-k 3 --top-p .9 --seed 1".split()
+        )
+        == 0
+    )
+    assert capsys.readouterr().out == first
+
+
 @pytest.mark.parametrize("flag", ["--dropout", "--drop-rate", "--drop_rate"])
 def test_one_flag_sets_all_dropout_rates(flag: str, trained: list[tuple[Any, ...]]) -> None:
     assert ended(["train", flag, "0.3"]) == 0
@@ -192,6 +277,7 @@ def test_a_flag_given_twice_means_the_last(trained: list[tuple[Any, ...]]) -> No
         ("train --n-haed 3", "unknown flag --n-haed; did you mean --n-head?"),
         ("train --n_haed=3", "unknown flag --n_haed; did you mean --n-head?"),
         ("train --lerning-rate 3", "unknown flag --lerning-rate; did you mean --learning-rate?"),
+        ("train --compile", "unknown flag --compile; see gpt train --help"),
         ("train --vocab-size 300", "unknown flag --vocab-size; did you mean --bpe-vocab-size?"),
         ("generate --promt x runs/tiny", "unknown flag --promt; did you mean --prompt?"),
         ("generate --temprature", "unknown flag --temprature; did you mean --temperature?"),
@@ -201,7 +287,18 @@ def test_a_flag_given_twice_means_the_last(trained: list[tuple[Any, ...]]) -> No
         ("train --bias=False", "--bias takes no value: write --bias or --no-bias"),
         ("train --no-bias=1", "--no-bias takes no value: write --bias or --no-bias"),
         ("generate runs/tiny --num-samples 0", "num_samples = 0 is not allowed"),
+        (
+            "generate runs/tinny",
+            "runs/tinny is not a run: there is no such folder; did you mean 'runs/tiny'?",
+        ),
+        ("generate tiny", "tiny is not a run: there is no such folder; did you mean 'runs/tiny'?"),
+        ("generate elsewhere", "elsewhere is not a run: there is no such folder; there are runs/tiny"),
         ("train --resume runs/tiny --n-layer 2", "n_layer = 2 (flag) does not fit runs/tiny"),
+        (
+            "train --label-smoothing 1.5",
+            "label_smoothing = 1.5 is not allowed; it takes a number from 0 to 1",
+        ),
+        ("train --z-loss -1", "z_loss = -1.0 is not allowed; it takes a number from 0 up"),
         ("train --config none.toml", "none.toml: No such file or directory"),
     ],
 )

@@ -2,24 +2,26 @@
 
 import math
 import re
+from itertools import islice
 
 import pytest
 import torch
 
 from fusedgpt.data import tales
+from fusedgpt.data.corpus import open_corpus
+from fusedgpt.data.documents import encode_document
 from fusedgpt.data.tokenizers import make_tokenizer
 from fusedgpt.gpt import evaluate
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
-from fusedgpt.gpt.evaluate import (
-    encode_document,
-    evaluate_run,
-    evaluate_tales,
-    mean_loss,
-    tales_floor,
-    validation_tales,
-)
+from fusedgpt.gpt.evaluate import best_possible, evaluate_corpus, evaluate_run, mean_loss
 from fusedgpt.gpt.model import GPT
-from fusedgpt.gpt.train.checkpoint import create_run
+from fusedgpt.gpt.run import create_run
+
+CORPUS = open_corpus("tales")
+
+
+def validation_tales(count):
+    return list(islice(CORPUS.val_texts(), count))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +47,7 @@ def bits_per_byte(model, tokenizer, texts):
 
 
 def test_tales_are_scored_whole_and_beside_their_own_probability(model, tokenizer):
-    report = evaluate_tales(model, tokenizer, written=4)
+    report = evaluate_corpus(model, tokenizer, CORPUS, written=4)
     texts = validation_tales(500)
     assert report.bits_per_byte == pytest.approx(bits_per_byte(model, tokenizer, texts), rel=1e-4)
     best = -sum(tales.log_prob(text) for text in texts) / math.log(2) / sum(len(text) for text in texts)
@@ -56,7 +58,7 @@ def test_tales_are_scored_whole_and_beside_their_own_probability(model, tokenize
 def test_the_share_accepted_is_the_grammars_verdict(model, tokenizer, monkeypatch):
     written = [tales.sample(1), "Once upon a time.", tales.sample(2), tales.sample(3)]
     monkeypatch.setattr(evaluate, "generate", lambda *a, **k: [tokenizer.encode(text) for text in written])
-    report = evaluate_tales(model, tokenizer, written=4)
+    report = evaluate_corpus(model, tokenizer, CORPUS, written=4)
     assert report.accepted == 0.75
     assert report.sample == tales.sample(1)
 
@@ -64,7 +66,7 @@ def test_the_share_accepted_is_the_grammars_verdict(model, tokenizer, monkeypatc
 def test_the_floor_in_nats_a_token_is_the_same_bound_in_other_units(tokenizer):
     texts = validation_tales(50)
     tokens = sum(len(tokenizer.encode(text)) + 1 for text in texts)
-    assert tales_floor(texts, tokenizer) * tokens == pytest.approx(-sum(map(tales.log_prob, texts)))
+    assert best_possible(CORPUS, tokenizer, 50) * tokens == pytest.approx(-sum(map(tales.log_prob, texts)))
 
 
 def test_training_mode_is_put_back_and_dropout_stays_out(tokenizer):

@@ -8,16 +8,11 @@ import pytest
 import torch
 
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig, preset
+from fusedgpt.gpt.metrics import MetricsLog, overfitting, read_metrics
 from fusedgpt.gpt.model import GPT
-from fusedgpt.gpt.train.metrics import (
-    MetricsLog,
-    Speedometer,
-    open_trackers,
-    overfitting,
-    plot_runs,
-    read_metrics,
-    require_trackers,
-)
+from fusedgpt.gpt.pictures import plot_runs
+from fusedgpt.gpt.train.throughput import Speedometer
+from fusedgpt.gpt.train.trackers import open_trackers, require_trackers
 
 
 def test_a_line_cut_off_by_a_crash_is_dropped_and_the_log_goes_on(tmp_path):
@@ -128,6 +123,8 @@ def test_tensorboard_and_wandb_get_every_record(tmp_path, monkeypatch):
 @pytest.mark.parametrize("flag", ["tensorboard", "wandb"])
 def test_a_tracker_that_is_not_installed_names_the_extra(monkeypatch, flag):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=rf"fusedgpt\[{flag}\]"):
+    with pytest.raises(
+        ValueError, match=rf"pip install {flag}, or from a clone pip install -e '\.\[{flag}\]'"
+    ):
         require_trackers(TrainConfig(**{flag: True}))
     require_trackers(TrainConfig())

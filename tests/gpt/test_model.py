@@ -235,6 +235,21 @@ def test_padded_vocabulary_rows_take_no_part() -> None:
     assert torch.equal(model(ids, ids), loss)
 
 
+def test_label_smoothing_and_z_loss_are_torchs_and_palms() -> None:
+    model = random_model().double()
+    ids = random_ids(2, 9)
+    targets = ids.roll(-1, 1)
+    targets[0, :3] = -100
+    loss = model(ids, targets, label_smoothing=0.1, z_loss=1e-2)
+    logits, counted = model(ids).flatten(0, 1), targets.flatten() != -100
+    plain = torch.nn.functional.cross_entropy(logits, targets.flatten())
+    smoothed = torch.nn.functional.cross_entropy(logits, targets.flatten(), label_smoothing=0.1)
+    z = logits.logsumexp(1)[counted].square().mean()
+    torch.testing.assert_close(loss, smoothed + 1e-2 * z)
+    torch.testing.assert_close(model(ids, targets), plain)
+    assert (loss - plain).abs() > 1e-2
+
+
 def test_a_sequence_that_is_too_long_is_named() -> None:
     with pytest.raises(ValueError, match="25 tokens do not fit a context of 24"):
         random_model()(random_ids(1, 25))

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.device import DTYPES
 from fusedgpt.gpt.evaluate import mean_loss
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import precompile as precompile_module
 from fusedgpt.gpt.train.precompile import operator_calls, run
-from fusedgpt.gpt.train.step import DTYPES, TrainStep
+from fusedgpt.gpt.train.step import TrainStep
 from fusedgpt.kernels import use_backend
 from fusedgpt.kernels._triton import INTERPRETED, TensorDescriptor
 
@@ -47,6 +48,7 @@ RUNS = {
     "float32": (SHAPE, replace(SETTINGS, dtype="float32")),
     "float16, recomputed": (SHAPE, replace(SETTINGS, dtype="float16", activation_checkpointing=True)),
     "no biases, untied": (replace(SHAPE, bias=False, tie_weights=False), SETTINGS),
+    "smoothed": (SHAPE, replace(SETTINGS, label_smoothing=0.1, z_loss=1e-4)),
     "no query biases": (replace(SHAPE, qkv_bias=False), SETTINGS),
     "post-norm": (replace(SHAPE, norm="post"), SETTINGS),
     "wide rows, few tokens": (replace(SHAPE, n_embd=144, context_length=3), replace(SETTINGS, micro_batch=1)),

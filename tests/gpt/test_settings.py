@@ -148,7 +148,7 @@ def test_dropout_may_change_when_a_run_is_resumed() -> None:
 def test_a_run_that_is_not_there_names_one_that_is() -> None:
     make_run("runs/novel")
     Path("runs/empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"runs/nvel is not a run: .*did you mean 'novel'"):
+    with pytest.raises(FileNotFoundError, match=r"runs/nvel is not a run: .*did you mean 'runs/novel'"):
         resolve({}, resume=Path("runs/nvel"))
     with pytest.raises(FileNotFoundError, match=r"runs/empty is not a run: it has no config\.toml"):
         resolve({}, resume=Path("runs/empty"))

@@ -150,6 +150,39 @@ def test_float16s_loss_scale_moves_as_torchs(monkeypatch: pytest.MonkeyPatch) ->
     assert not make().state(), "nothing to save elsewhere"
 
 
+def test_a_step_without_its_batches_is_abandoned() -> None:
+    settings = replace(SETTINGS, micro_batch=1)
+    good = [ids(1, seed=n) for n in range(8)]
+
+    class Stopped(Exception):
+        pass
+
+    class Stopping:
+        """Raises in the middle of the second step, and then gives that step's batches again."""
+
+        def __init__(self) -> None:
+            self.rest = iter([*good[:6], None, *good[4:], *good])
+
+        def __iter__(self) -> "Stopping":
+            return self
+
+        def __next__(self) -> tuple[Tensor, Tensor]:
+            if (batch := next(self.rest)) is None:
+                raise Stopped
+            return batch
+
+    shape = replace(SHAPE, resid_dropout=0.1)
+    whole, cut = make(settings, shape, iter([*good, *good])), make(settings, shape, Stopping())
+    assert equal([*whole()], [*cut()])
+    with pytest.raises(Stopped):
+        cut()
+    assert cut.step == 1
+    assert equal([cut.seed, cut.loss, cut.gradients.buffer], [whole.seed, whole.loss, whole.gradients.buffer])
+    for _ in range(3):
+        assert equal([*whole()], [*cut()])
+    assert equal(everything(whole), everything(cut))
+
+
 def test_float16_clips_and_reports_the_norm_without_its_scale() -> None:
     wide, narrow = make(), make(replace(SETTINGS, dtype="float16"))
     narrow.loss_scale.fill_(256.0)

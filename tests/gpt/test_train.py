@@ -2,22 +2,30 @@
 
 import gzip
 import json
+import math
 import os
+import re
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 
+from fusedgpt.data.corpus import open_corpus
+from fusedgpt.data.documents import document_batches
+from fusedgpt.data.shards import tokenize
+from fusedgpt.data.tokenizers import make_tokenizer
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
-from fusedgpt.gpt.evaluate import document_batches, mean_loss
+from fusedgpt.gpt.evaluate import CorpusReport, evaluate_run, mean_loss
+from fusedgpt.gpt.metrics import read_metrics
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
+from fusedgpt.gpt.run import checkpoints, load_run, model_tensors
+from fusedgpt.gpt.settings import resolve
 from fusedgpt.gpt.train import loop
 from fusedgpt.gpt.train import step as step_module
-from fusedgpt.gpt.train.checkpoint import checkpoints, load_run, model_tensors
 from fusedgpt.gpt.train.loop import TrainingError, train
-from fusedgpt.gpt.train.metrics import read_metrics
 from fusedgpt.gpt.train.step import TrainStep
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 60
@@ -148,10 +156,10 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monk
     run = tmp_path / "run"
 
     class Interrupting(TrainStep):
-        def __call__(self):
+        def micro_step(self, inputs, targets):
             if self.step == 4:
                 os.kill(os.getpid(), signal.SIGINT)
-            return super().__call__()
+            super().micro_step(inputs, targets)
 
     monkeypatch.setattr(loop, "TrainStep", Interrupting)
     with pytest.raises(KeyboardInterrupt):
@@ -163,6 +171,71 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monk
     train(config, run, resume=True)
     train(config, tmp_path / "whole")
     assert losses(run) == losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("changes", [{}, {"optimizer": "muon"}, {"dtype": "float16"}])
+def test_a_step_interrupted_between_micro_steps_is_done_again_on_resuming(
+    config, tmp_path, monkeypatch, number, changes
+):
+    config = with_train(config, micro_batch=1, **changes)
+    run, whole, done = tmp_path / "run", tmp_path / "whole", []
+
+    class Interrupting(TrainStep):
+        def micro_step(self, inputs, targets):
+            super().micro_step(inputs, targets)
+            done.append(self.step)
+            if done.count(7) == 2:
+                os.kill(os.getpid(), number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "TrainStep", Interrupting)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run)
+    assert done.count(7) == 2, "the other two micro-steps are not waited for"
+    assert [p.name for p in checkpoints(run)] == ["step-000006", "step-000007"]
+    train(config, run, resume=True)
+    train(config, whole)
+    assert losses(run) == losses(whole)
+    ours, theirs = (model_tensors(load_run(folder).model) for folder in (run, whole))
+    for name, tensor in theirs.items():
+        assert torch.equal(tensor, ours[name]), name
+
+
+@pytest.mark.parametrize("where", ["mean_loss", "generate_text"])
+def test_a_signal_ends_an_evaluation_too(config, tmp_path, monkeypatch, where):
+    run, original, calls = tmp_path / "run", getattr(loop, where), []
+
+    def interrupted(*args, **settings):
+        calls.append(where)
+        os.kill(os.getpid(), signal.SIGINT)
+        result = original(*args, **settings)
+        calls.append("ended")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, where, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, run)
+    assert calls == [where]
+    at = {"mean_loss": [], "generate_text": ["step-000006"]}  # the first at step 0
+    assert [p.name for p in checkpoints(run)] == at[where]
+    train(config, run, resume=True)
+    assert len(losses(run)) == 12
+
+
+def test_a_slow_step_is_announced_and_measuring_it_changes_nothing(config, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "warn_of_slow_steps", lambda session: None)
+        train(config, tmp_path / "unmeasured")
+    train(config, tmp_path / "measured")
+    assert "a step of" not in capsys.readouterr().out
+    monkeypatch.setattr(loop, "SLOW_STEP", 0.0)
+    train(config, tmp_path / "announced")
+    before, _, after = capsys.readouterr().out.partition("a step of 4 x 16 tokens will take about 0 s here")
+    assert "step  0" not in before
+    assert "--batch-size" in after.splitlines()[0]
+    assert losses(tmp_path / "unmeasured") == losses(tmp_path / "measured") == losses(tmp_path / "announced")
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_way_back(config, tmp_path):
@@ -272,6 +345,102 @@ def test_epochs_set_the_number_of_steps(config, tmp_path):
     train(with_train(config, epochs=2.0, batch_size=10), run)
     windows = (int(len(TEXT) * 0.9) - 1) // 16
     assert len(losses(run)) == -(-2 * windows // 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"label_smoothing": 0.3}, "training loss with label smoothing 0.3;"),
+        ({"z_loss": 0.1}, "training loss with z-loss 0.1;"),
+        ({"label_smoothing": 0.3, "z_loss": 0.1}, "training loss with label smoothing 0.3 and z-loss 0.1;"),
+    ],
+)
+def test_smoothing_changes_training_alone_and_is_named(config, tmp_path, capsys, changes, named):
+    """Without a learning rate the weights stay: the training loss has the extra terms, the validation loss does not."""
+    config = with_train(config, lr=0.0, steps=1, eval_interval=1)
+    records = []
+    for name, more in (("plain", {}), ("smoothed", changes)):
+        train(with_train(config, **more), tmp_path / name)
+        assert (named in capsys.readouterr().out) == bool(more)
+        records.append(read_metrics(tmp_path / name / "metrics.jsonl"))
+    (a,), (b,) = ([r["loss"] for r in run if "loss" in r] for run in records)
+    # before training the logits are near 0: log-softmax is the same for all tokens, and the log-sum-exp is log V
+    assert b == pytest.approx(a + changes.get("z_loss", 0.0) * math.log(30) ** 2, abs=0.1)
+    assert b != a
+    a, b = ([r["val_loss"] for r in run if "val_loss" in r] for run in records)
+    assert a == b
+    resumed = resolve({}, resume=tmp_path / "smoothed").config.train
+    assert (resumed.label_smoothing, resumed.z_loss) == (
+        changes.get("label_smoothing", 0.0),
+        changes.get("z_loss", 0.0),
+    )
+
+
+def test_the_end_gives_bits_a_byte(config, tmp_path, capsys):
+    """On text and on its shards; é has two bytes and is one token."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT.replace("q", "é"), encoding="utf-8")
+    tokenizer = make_tokenizer("char", [text.read_text(encoding="utf-8")])
+    tokenize(open_corpus(text), tokenizer, tmp_path / "shards")
+    for number, data in enumerate((text, tmp_path / "shards")):
+        run = tmp_path / str(number)
+        train(with_train(config, data=str(data)), run)
+        val_loss = read_metrics(run / "metrics.jsonl")[-1]["val_loss"]
+        held_out = text.read_text(encoding="utf-8")[int(0.9 * len(TEXT)) :]
+        bits = val_loss / math.log(2) * len(held_out) / len(held_out.encode())
+        assert f"validation loss: {bits:.4f} bits a byte" in capsys.readouterr().out
+        evaluate_run(run, str(tmp_path / "shards"), "cpu")
+        loss, shown = map(
+            float,
+            re.search(r"loss: ([\d.]+) nats.*\n +([\d.]+) bits a byte", capsys.readouterr().out).groups(),
+        )
+        assert shown == pytest.approx(loss / math.log(2) * len(held_out) / len(held_out.encode()), abs=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("steps", "least", "end"),
+    [
+        (
+            1,
+            0.3,
+            "--min-accepted 0.3 was not applied: this run was shortened to 1 of the preset's 1,600 steps",
+        ),
+        (1, 0.4, "only 0% of the generated tales are accepted"),  # a share that the user asks for
+        (1600, 0.3, "only 0% of the generated tales are accepted"),
+        (1, 0.0, None),
+    ],
+)
+def test_a_shortened_run_is_not_judged_by_the_presets_share(
+    config, tmp_path, monkeypatch, capsys, steps, least, end
+):
+    report = CorpusReport(3.0, 0.2, accepted=0.0, sample="Once.")
+    monkeypatch.setattr(loop, "evaluate_corpus", lambda *_: report)
+    monkeypatch.setattr(loop, "run_steps", lambda session, _: session.log.history.append({"val_loss": 1.0}))
+    monkeypatch.setattr(loop, "plot_runs", lambda _: tmp_path / "curve.png")
+    config = with_train(config, data="tales:20", min_accepted=least, steps=steps)
+    fails = end is not None and end.startswith("only")
+    with pytest.raises(TrainingError, match=end) if fails else nullcontext():
+        train(config, tmp_path / "run")
+    assert ("not applied" in capsys.readouterr().out) == (end is not None and not fails)
+
+
+def test_without_a_network_gpt2s_vocabulary_is_not_the_first_error(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "empty"))
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    config = with_train(config, tokenizer="gpt2")
+    with pytest.raises(
+        FileNotFoundError, match=r"GPT-2's vocabulary is not on this machine.*--tokenizer bpe"
+    ):
+        train(config, tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"^fineweb10B takes shards .*vocabulary.*--data FILE"):
+        train(with_train(config, data="fineweb10B"), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt: no such file"):
+        train(with_train(config, data="missing.txt"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_documents_are_scored_token_by_token_once(config):

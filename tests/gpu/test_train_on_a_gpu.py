@@ -18,11 +18,11 @@ from torch import Tensor
 from fusedgpt.data.loader import TokenLoader
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.evaluate import mean_loss
+from fusedgpt.gpt.metrics import read_metrics
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import graph
 from fusedgpt.gpt.train.memory import largest_micro_batch
-from fusedgpt.gpt.train.metrics import read_metrics
 from fusedgpt.gpt.train.precompile import precompile
 from fusedgpt.gpt.train.step import TrainingError, TrainStep
 from fusedgpt.kernels._triton import INTERPRETED

@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ...data.tokenizers import Tokenizer, load_tokenizer
-from ..config import ModelConfig, RunConfig
-from ..model import GPT
-from ..optim import Optimizers
-from ..settings import read_run, require_unused, write_config
+from ..data.tokenizers import Tokenizer, load_tokenizer
+from .config import ModelConfig, RunConfig
+from .model import GPT
+from .optim import Optimizers
+from .settings import read_run, require_unused, write_config
 
 _NAME = re.compile(r"step-(\d{6,})")
 

@@ -1,0 +1,67 @@
+"""The picture of a run: its loss curves, training and validation."""
+
+import os
+from pathlib import Path
+
+from .metrics import read_metrics
+
+
+def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
+    """Draw the loss curves of runs, training and validation, as a PNG; returns its path.
+
+    Args:
+        runs: run folders.
+        out: the file; by default loss_curve.png in the run's folder (of the first run).
+
+    Raises:
+        FileNotFoundError, ValueError: a folder is not a run, or its log holds nothing yet.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    colours = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for i, run in enumerate(runs):
+        file = run / "metrics.jsonl"
+        if not file.is_file():
+            raise FileNotFoundError(f"{run} is not a run with a log: it has no metrics.jsonl")
+        records = read_metrics(file)
+        training = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        if not training and not validation:
+            raise ValueError(f"{file} holds no losses yet")
+        colour, label = colours[i % 10], f"{run.name}: " if len(runs) > 1 else ""
+        if training:
+            axes.plot(*zip(*training, strict=True), color=colour, alpha=0.45, lw=1, label=f"{label}training")
+        if validation:
+            axes.plot(
+                *zip(*validation, strict=True), color=colour, marker="o", ms=3, label=f"{label}validation"
+            )
+            step, best = min(validation, key=lambda point: point[1])
+            axes.annotate(
+                f"{best:.3f}", (step, best), (0, 8), textcoords="offset points", ha="center", color=colour
+            )
+        floor = next((r["best_possible"] for r in reversed(records) if "best_possible" in r), None)
+        if floor is not None:
+            axes.axhline(floor, color=colour, ls=":", label=f"{label}best possible {floor:.3f}")
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=", ".join(run.name for run in runs))
+    low, high = axes.dataLim.intervaly
+    if high > 5 * low > 0:  # else the first steps take all the room
+        axes.set_yscale("log")
+        ticks = [
+            tick
+            for decade in (0.1, 1.0, 10.0)
+            for tick in (decade, 1.5 * decade, 2 * decade, 3 * decade, 5 * decade, 7 * decade)
+        ]
+        axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_yticks([], minor=True)
+        axes.set_ylim(0.9 * low, 1.1 * high)
+    axes.grid(alpha=0.25)
+    axes.legend()
+    out = out or runs[0] / "loss_curve.png"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    os.replace(temporary, out)
+    return out

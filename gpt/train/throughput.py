@@ -1,0 +1,65 @@
+"""How fast a run is, how well that uses the device, and how much memory it takes."""
+
+import resource
+import time
+
+import torch
+
+from ..config import ModelConfig
+
+# Dense bf16 peaks in FLOP/s, from the vendors' datasheets. The longest name that a device's contains counts.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "GH200": 989e12,
+    "B200": 2250e12,
+    "A100": 312e12,
+    "A10G": 70e12,
+    "A30": 165e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "RTX 4090": 165.2e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+}
+
+
+class Speedometer:
+    """Tokens a second and model FLOPs utilisation since it was last read, without the pauses.
+
+    MFU = (6 N + 12 L C T) · tokens/s over the device's dense bf16 peak (Chowdhery et al., 2022, appendix B), N being
+    the parameters without position embeddings. A device that is not in PEAK_FLOPS has none.
+    """
+
+    def __init__(self, model: ModelConfig, parameters: int, device: torch.device) -> None:
+        self.device = device
+        self.flops_per_token = 6 * parameters + 12 * model.n_layer * model.n_embd * model.context_length
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        matching = [key for key in PEAK_FLOPS if key in name]
+        self.peak = PEAK_FLOPS[max(matching, key=len)] if matching else None
+        self.start()
+
+    def start(self) -> None:
+        self._start, self._paused = time.perf_counter(), 0.0
+
+    def pause(self, seconds: float) -> None:
+        """Leave these seconds (of an evaluation, a checkpoint) out of the speed."""
+        self._paused += seconds
+
+    def read(self, steps: int, tokens_a_step: int) -> dict[str, float]:
+        """The speed over the steps done since the last reading."""
+        seconds = time.perf_counter() - self._start - self._paused
+        self.start()
+        record = {"tokens_per_second": steps * tokens_a_step / seconds, "seconds_per_step": seconds / steps}
+        if self.peak:
+            record["mfu"] = self.flops_per_token * record["tokens_per_second"] / self.peak
+        return record
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most memory in use so far, in bytes: the device's, or the process's on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
