@@ -136,7 +136,7 @@ class _Maker:
         m = self.rows
         others = [*self.torchs(eager), *self.peers(peers.liger_norm, peers.quack_norm)]
         example, sizes = examples.layer_norm(m, c), {"M": m, "C": c}
-        return self.work(example, sizes, others, ((m, c),), (2 * m * c, 3 * m * c))
+        return Work(example, sizes, [self.ours(example), *others], ((m, c),), (2 * m * c, 3 * m * c))
 
     def add_layer_norm(self, c: int, p: float = 0.0) -> Work:
         """With dropout the projection's bias is in it too, as in the model."""
@@ -152,12 +152,16 @@ class _Maker:
         example = examples.add_layer_norm(m, c, p, x_bias=p > 0)
         elements = (4 * m * c, (5 if p else 4) * m * c)
         check = add_layer_norm_check(p, EPS) if p else None
-        return self.work(example, sizes, others, ((m, c),) * 2, elements, dropout_check=check)
+        return Work(
+            example, sizes, [self.ours(example), *others], ((m, c),) * 2, elements, dropout_check=check
+        )
 
     def dropout(self, c: int) -> Work:
-        m, others = self.rows, self.torchs(lambda x: F.dropout(x, P), draws=True)
-        example, sizes = examples.dropout(m, c, P), {"M": m, "C": c, "p": P}
-        return self.work(example, sizes, others, ((m, c),), (2 * m * c,) * 2, dropout_check=row_check(P))
+        m, example = self.rows, examples.dropout(self.rows, c, P)
+        implementations = [self.ours(example), *self.torchs(lambda x: F.dropout(x, P), draws=True)]
+        moved, check = (2 * m * c,) * 2, row_check(P)
+        sizes = {"M": m, "C": c, "p": P}
+        return Work(example, sizes, implementations, ((m, c),), moved, dropout_check=check)
 
     def embed(self, c: int) -> Work:
         def eager(wte: Tensor, wpe: Tensor, ids: Tensor) -> Tensor:
@@ -169,14 +173,16 @@ class _Maker:
         sizes = {"B": batch, "T": length, "C": c, "V": vocab}
         seen = vocab * (1 - (1 - 1 / vocab) ** tokens)  # rows of wte that random ids ask for
         elements = (int(seen + length + tokens) * c, (tokens + vocab + length) * c)
-        return self.work(example, sizes, self.torchs(eager), ((batch, length, c),), elements)
+        return Work(
+            example, sizes, [self.ours(example), *self.torchs(eager)], ((batch, length, c),), elements
+        )
 
     def linear(self, c: int) -> Work:
         m, i, o = self.tokens, c, 3 * c
         example, sizes = examples.linear(m, i, o), {"M": m, "in": i, "out": o}
         elements = (m * i + i * o + m * o, m * o + 2 * m * i + 2 * i * o)
-        more = {"layers": ((m, i, o),), "checked": _some(m, 8192)}
-        return self.work(example, sizes, self.torchs(F.linear), ((m, o),), elements, **more)
+        more: dict[str, Any] = {"layers": ((m, i, o),), "checked": _some(m, 8192)}
+        return Work(example, sizes, [self.ours(example), *self.torchs(F.linear)], ((m, o),), elements, **more)
 
     def gelu_mlp(self, c: int) -> Work:
         def eager(x: Tensor, w_fc: Tensor, b_fc: Tensor, w_proj: Tensor, b_proj: Tensor) -> Tensor:
@@ -184,9 +190,9 @@ class _Maker:
 
         m, f = self.tokens, 4 * c
         elements = (2 * m * c + m * f + 2 * c * f, 3 * m * c + m * f + 4 * c * f)
-        more = {"layers": ((m, c, f), (m, f, c)), "checked": _some(m, 8192)}
+        more: dict[str, Any] = {"layers": ((m, c, f), (m, f, c)), "checked": _some(m, 8192)}
         example, sizes = examples.gelu_mlp(m, c), {"M": m, "C": c}
-        return self.work(example, sizes, self.torchs(eager), ((m, c),), elements, **more)
+        return Work(example, sizes, [self.ours(example), *self.torchs(eager)], ((m, c),), elements, **more)
 
     def linear_cross_entropy(self, c: int) -> Work:
         def eager(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -197,17 +203,18 @@ class _Maker:
         others += self.peers(peers.liger_loss, peers.cut_cross_entropy, peers.quack_loss)
         example, sizes = examples.linear_cross_entropy(n, c, v), {"N": n, "C": c, "V": v}
         elements = (n * c + v * c, 2 * n * c + 2 * v * c)
-        more = {"layers": ((n, c, v),), "at_once": True, "checked": _some(n, 4096)}
-        return self.work(example, sizes, others, ((),), elements, **more)
+        more: dict[str, Any] = {"layers": ((n, c, v),), "at_once": True, "checked": _some(n, 4096)}
+        return Work(example, sizes, [self.ours(example), *others], ((),), elements, **more)
 
     def attention(self, length: int, c: int, head_dim: int, p: float) -> Work:
         batch, n_head = self.tokens // length, c // head_dim
         size, pairs = self.tokens * c, batch * n_head * length * length // 2
         loaders = (partial(load, n_head, p) for load in (peers.flex, peers.flash_2, peers.flash_4))
-        return self.work(
-            examples.causal_attention(batch, length, n_head, head_dim, p),
+        example = examples.causal_attention(batch, length, n_head, head_dim, p)
+        return Work(
+            example,
             {"B": batch, "T": length, "H": n_head, "D": head_dim, "p": p},
-            [*self.sdpa(length, n_head, p), *self.peers(*loaders)],
+            [self.ours(example), *self.sdpa(length, n_head, p), *self.peers(*loaders)],
             ((batch, length, c),),
             (4 * size, 8 * size),
             flops=(4 * pairs * head_dim, 10 * pairs * head_dim),
@@ -216,16 +223,6 @@ class _Maker:
         )
 
     # ---- implementations
-
-    def work(
-        self,
-        example: Example,
-        sizes: Mapping[str, float],
-        others: list[Implementation],
-        *rest: Any,
-        **more: Any,
-    ) -> Work:
-        return Work(example, sizes, [self.ours(example), *others], *rest, **more)
 
     def ours(self, example: Example) -> Implementation:
         names = [*example.activations, *example.parameters, *(n for n in example.integers if n != "seed")]

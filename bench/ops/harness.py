@@ -18,7 +18,7 @@ from .dropout_check import relative_error
 # its dtype. Wider than the rule for our kernels (`examples.compare`): others may sum thousands of terms in another order or
 # round in other places, but may not compute something else.
 TOLERANCE = {torch.bfloat16: 8, torch.float16: 16, torch.float32: 64}
-FORWARD, BACKWARD, BOTH = ("forward", "backward", "forward + backward")
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward + backward"
 
 
 class Inputs(NamedTuple):
@@ -69,41 +69,28 @@ class Setup:
 
     # ---- what is timed
 
-    def forward(self, implementation: Implementation) -> Call:
-        """Compute the outputs; without gradients where some implementations would compute those too."""
-
-        def call(i: int) -> object:
-            inputs = self.sets[i % len(self.sets)]
-            with torch.set_grad_enabled(not self.work.at_once):
-                return implementation.call(*inputs.leaves(implementation), *inputs.integers)
-
-        return call
-
-    def backward(self, implementation: Implementation) -> Call:
-        """Compute the gradients of outputs that exist already."""
-        graphs = [
-            (outputs_of(implementation, inputs), inputs.leaves(implementation), inputs.incoming)
-            for inputs in self.sets
-        ]
-
-        def call(i: int) -> object:
-            return gradients(*graphs[i % len(graphs)], retain_graph=True)
-
-        return call
-
-    def both(self, implementation: Implementation) -> Call:
-        """Compute outputs, then gradients."""
-
-        def call(i: int) -> object:
-            inputs = self.sets[i % len(self.sets)]
-            return gradients(
-                outputs_of(implementation, inputs), inputs.leaves(implementation), inputs.incoming
-            )
-
-        return call
-
     def call(self, direction: str, implementation: Implementation) -> Call:
-        return {FORWARD: self.forward, BACKWARD: self.backward, BOTH: self.both}[direction](implementation)
+        """The work of one direction, on one of the sets.
+
+        The forward runs without gradients where some implementations compute those in it; the backward starts from outputs
+        that exist already.
+        """
+        sets = self.sets
+        graphs = [outputs_of(implementation, inputs) for inputs in sets] if direction == BACKWARD else []
+
+        def forward(i: int) -> object:
+            with torch.set_grad_enabled(not self.work.at_once):
+                return outputs_of(implementation, sets[i % len(sets)])
+
+        def backward(i: int) -> object:
+            number = i % len(sets)
+            return gradients(implementation, sets[number], graphs[number], retain_graph=True)
+
+        def both(i: int) -> object:
+            inputs = sets[i % len(sets)]
+            return gradients(implementation, inputs, outputs_of(implementation, inputs))
+
+        return {FORWARD: forward, BACKWARD: backward, BOTH: both}[direction]
 
     def matmuls(self, direction: str) -> Call:
         """Compute only the products with weights that the work needs, by the library."""
@@ -148,9 +135,8 @@ class Setup:
         if implementation.draws:
             assert self.work.dropout_check is not None
             return self.work.dropout_check.error(implementation.call, inputs.leaves(implementation))
-        found = list(outputs_of(implementation, inputs))
-        if implementation.backward:
-            found += gradients(tuple(found), inputs.leaves(implementation), inputs.incoming)
+        outputs = outputs_of(implementation, inputs)
+        found = [*outputs, *(gradients(implementation, inputs, outputs) if implementation.backward else ())]
         kept, by_row = self.work.checked, len(self.work.outputs) + len(self.work.example.activations)
         rows = [t[kept] if t.dim() and n < by_row else t for n, t in enumerate(found)]
         return relative_error(rows, self._exact[: len(rows)])
@@ -174,11 +160,8 @@ class Setup:
     def _exact(self) -> list[Tensor]:
         """Outputs and gradients in float64 for the rows that are compared."""
         inputs, kept = self.sets[0], self.work.checked
-        parts = [
-            *(t.detach()[kept].double() for t in inputs.activations),
-            *(t.detach().double() for t in inputs.masters),
-        ]
-        doubles = [t.requires_grad_() for t in parts]
+        parts = [*(t[kept] for t in inputs.activations), *inputs.masters]
+        doubles = [t.detach().double().requires_grad_() for t in parts]
         incoming = [t[kept].double() if t.dim() else t.double() for t in inputs.incoming]
         with use_backend("torch"):
             truth = as_tuple(self.work.implementations[0].call(*doubles, *(t[kept] for t in inputs.integers)))
@@ -197,7 +180,7 @@ def outputs_of(implementation: Implementation, inputs: Inputs) -> tuple[Tensor, 
 
 
 def gradients(
-    outputs: tuple[Tensor, ...], leaves: list[Tensor], incoming: list[Tensor], retain_graph: bool = False
+    implementation: Implementation, inputs: Inputs, outputs: tuple[Tensor, ...], retain_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    fitting = [gradient.to(y.dtype) for y, gradient in zip(outputs, incoming, strict=True)]
-    return torch.autograd.grad(outputs, leaves, fitting, retain_graph=retain_graph)
+    incoming = [gradient.to(y.dtype) for y, gradient in zip(outputs, inputs.incoming, strict=True)]
+    return torch.autograd.grad(outputs, inputs.leaves(implementation), incoming, retain_graph=retain_graph)

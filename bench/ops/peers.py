@@ -1,7 +1,7 @@
-"""The peers that are packages of their own, each optional and named with its version.
+"""Implementations of other packages, each optional and named with its version.
 
-A loader returns what a `Side` takes, or None where the peer has no such operator, is not installed or cannot be imported; the
-latter with a word, once. One that fails later, at its first call for example, is reported with its error by who calls it.
+A loader returns the fields of an `Implementation`, or None where the package has no such operator, is not installed or cannot
+be imported; the latter two are reported once. One that fails later, at its first call for example, is reported by its caller.
 """
 
 from collections.abc import Callable
@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 EPS = 1e-5
-Peer = dict[str, Any]  # the fields of a Side
+Peer = dict[str, Any]  # the fields of an Implementation
 Load = Callable[..., Peer | None]
 
 
 def optional(package: str, name: str = "{}") -> Callable[[Load], Load]:
-    """A loader whose imports may fail. name: of the side, with {} for the package and its version."""
+    """A loader whose imports may fail. name: of the implementation, with {} for the package and its version."""
 
     def decorate(load: Load) -> Load:
         @wraps(load)
@@ -112,7 +112,7 @@ def quack_loss() -> Peer:
 
 @optional("torch", "FlexAttention, compiled")
 def flex(n_head: int, p: float) -> Peer | None:
-    """Its mask of blocks is made once. It has no dropout."""
+    """Its block mask is made once. It has no dropout."""
     if p:
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention

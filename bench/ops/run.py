@@ -103,9 +103,8 @@ def run_ops(
     with record.recording("ops", device, out, pictures) as found:
         most = ceilings(device)
         found["ceilings"] = most._asdict()
-        found["rows"] = [
-            asdict(row) for row in printed(measure(device, most, names, rounds, sizes=sizes), most)
-        ]
+        rows = measure(device, most, names, rounds, sizes=sizes)
+        found["rows"] = [asdict(row) for row in printed(rows, most)]
 
 
 COLUMNS = (
@@ -275,20 +274,12 @@ def _timed(
     limit = most.limit(work, setup.dtype, direction)
     case, dtype = f"{work.size}, {direction}", str(setup.dtype)[6:]
     names = [one.name for one in work.implementations] + [MATMULS] * bool(work.layers)
-    rows = {
-        name: Row(
-            work.name,
-            case,
-            name,
-            direction,
-            work.sizes,
-            dtype,
-            limit=limit.milliseconds,
-            gigabytes=limit.gigabytes,
-            gflop=limit.gflop,
-        )
-        for name in names
+    least: dict[str, Any] = {
+        "limit": limit.milliseconds,
+        "gigabytes": limit.gigabytes,
+        "gflop": limit.gflop,
     }
+    rows = {name: Row(work.name, case, name, direction, work.sizes, dtype, **least) for name in names}
     calls: dict[str, Call] = {}
     for implementation in implementations:
         if direction == FORWARD or implementation.backward:
@@ -301,7 +292,7 @@ def _timed(
                 row.note = failure(error)
     if apart:
         for name, row in rows.items():
-            first, second = (table[name].milliseconds for table in apart)
+            first, second = (timed[name].milliseconds for timed in apart)
             row.milliseconds = first + second if first and second else None
         return rows
     if work.layers:

@@ -18,6 +18,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -28,6 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ...gpt import model as gpt_model
 from ...gpt.device import keep_freed_memory
+from ...kernels.examples import as_tuple
 from .implementations import fusedgpt
 from .sizes import Workload
 
@@ -79,7 +82,7 @@ class Timeline:
             torch.cuda._sleep(HEAD_START)
         self.stamp(OTHER)
 
-    def backward_begins(self) -> None:
+    def begin_backward(self) -> None:
         """Called in the backward pass: the parts from now on belong to it, and the gradient norm follows it."""
         if self.direction == FORWARD:
             Variable._execution_engine.queue_callback(lambda: self.stamp(CLIP, ONCE))
@@ -99,11 +102,9 @@ class Timeline:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         found: dict[tuple[str, str], float] = defaultdict(float)
-        for begin, end in zip(self.stamps, self.stamps[1:], strict=False):
-            gpu = self.device.type == "cuda"
-            passed = begin.at.elapsed_time(end.at) if gpu else 1e3 * (end.at - begin.at)
-            part = (begin.part, ONCE) if begin.part == OTHER else (begin.part, begin.direction)
-            found[part] += passed
+        for (part, direction, at), (_, _, end) in pairwise(self.stamps):
+            passed = at.elapsed_time(end) if self.device.type == "cuda" else 1e3 * (end - at)
+            found[part, ONCE if part == OTHER else direction] += passed
         return found
 
 
@@ -123,31 +124,25 @@ class _Border(Function):
 
 
 def _watched(function: Callable, part: str, timeline: Timeline) -> Callable:
-    def begins_backward() -> None:
-        timeline.backward_begins()
+    def begin_backward() -> None:
+        timeline.begin_backward()
         timeline.stamp(part)
-
-    def ends_backward() -> None:
-        timeline.stamp(OTHER)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # activations only: a parameter's gradient is accumulated inside the part
-        activations = [i for i, t in enumerate(args) if _is_activation(t)]
+        activations = {
+            i: t for i, t in enumerate(args) if isinstance(t, Tensor) and t.requires_grad and not t.is_leaf
+        }
         if activations:
-            marked = _Border.apply(ends_backward, *(args[i] for i in activations))
-            args = tuple(marked[activations.index(i)] if i in activations else t for i, t in enumerate(args))
+            bordered = _Border.apply(partial(timeline.stamp, OTHER), *activations.values())
+            activations = dict(zip(activations, bordered, strict=True))
         timeline.stamp(part)
-        results = function(*args, **kwargs)
+        results = function(*(activations.get(i, t) for i, t in enumerate(args)), **kwargs)
         timeline.stamp(OTHER)
-        if isinstance(results, tuple):
-            return _Border.apply(begins_backward, *results)
-        return _Border.apply(begins_backward, results)[0]
+        outputs = _Border.apply(begin_backward, *as_tuple(results))
+        return outputs if isinstance(results, tuple) else outputs[0]
 
     return call
-
-
-def _is_activation(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad and not value.is_leaf
 
 
 @contextmanager

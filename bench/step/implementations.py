@@ -145,10 +145,7 @@ def transformers_gpt2(work: Workload, compile: bool = False) -> Implementation:
             logits = theirs(inputs, use_cache=False).logits
             return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-    name = f"transformers {version('transformers')}"
-    if compile:
-        name, loss = f"{name}, torch.compile", torch.compile(loss, dynamic=False)
-    return Implementation(name, theirs, _training(theirs, loss))
+    return _other(f"transformers {version('transformers')}", theirs, loss, compile)
 
 
 def load_transformers(model: GPT) -> Any:
@@ -208,10 +205,13 @@ def nanogpt(work: Workload, folder: Path, compile: bool = False) -> Implementati
         with _autocast(work):
             return theirs(inputs, targets)[1]
 
-    name = "nanoGPT"
+    return _other("nanoGPT", theirs, loss, compile)
+
+
+def _other(name: str, model: nn.Module, loss: Callable, compile: bool) -> Implementation:
     if compile:
-        name, loss = "nanoGPT, torch.compile", torch.compile(loss, dynamic=False)
-    return Implementation(name, theirs, _training(theirs, loss))
+        name, loss = f"{name}, torch.compile", torch.compile(loss, dynamic=False)
+    return Implementation(name, model, _training(model, loss))
 
 
 def _training(model: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> Step:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from ...gpt.device import keep_freed_memory
-from ...gpt.model import GPT
 from ...gpt.train.throughput import Speedometer
 from ..timing import failure
 from .implementations import Implementation, builders
@@ -72,19 +72,24 @@ def measure(
             row.note = f"left out: most of {seconds:g} s were over"
         else:
             left, first = began + seconds - time.monotonic(), timed[0] if timed else None
-            with _given(left, row) if "torch.compile" in name else nullcontext():
+            with _time_limit(left, row) if "torch.compile" in name else nullcontext():
                 if begun := _begin(row, build, work, first):
                     timed.append(begun)
             release(work.device)
     _take_turns(timed, work, rounds, began + seconds)
     ours = timed[0] if timed and timed[0].row is rows[0] else None
-    for found in timed:
-        _fill(found, ours, work)
+    for row, _, _, times in timed:
+        row.milliseconds = 1e3 * statistics.median(times)
+        row.tokens_per_second = 1e3 * work.tokens / row.milliseconds
+        if ours:
+            row.ratio = statistics.median(a / b for a, b in zip(times, ours.times, strict=True))
+            model: Any = ours.implementation.model
+            meter = Speedometer(work.config, model.num_params(position_embeddings=False), work.device)
+            row.mfu = meter.flops_per_token * row.tokens_per_second / meter.peak if meter.peak else None
     yield from rows
 
 
-@dataclass
-class Timed:
+class Timed(NamedTuple):
     """An implementation that agrees with ours."""
 
     row: Row
@@ -98,7 +103,7 @@ class _Late(BaseException):
 
 
 @contextmanager
-def _given(seconds: float, row: Row) -> Iterator[None]:
+def _time_limit(seconds: float, row: Row) -> Iterator[None]:
     """End the block after so many seconds, with a note in the row. Main thread only."""
 
     def late(number: int, frame: object) -> None:
@@ -130,19 +135,6 @@ def _begin(
         if not row.note:
             return Timed(row, implementation, norm, [])
     return None
-
-
-def _fill(found: Timed, ours: Timed | None, work: Workload) -> None:
-    """Compute the figures of a row from its times."""
-    row = found.row
-    row.milliseconds = 1e3 * statistics.median(found.times)
-    row.tokens_per_second = 1e3 * work.tokens / row.milliseconds
-    if ours:
-        row.ratio = statistics.median(a / b for a, b in zip(found.times, ours.times, strict=True))
-        model = ours.implementation.model
-        assert isinstance(model, GPT)
-        meter = Speedometer(work.config, model.num_params(position_embeddings=False), work.device)
-        row.mfu = meter.flops_per_token * row.tokens_per_second / meter.peak if meter.peak else None
 
 
 def _take_turns(timed: list[Timed], work: Workload, rounds: int, until: float) -> None:

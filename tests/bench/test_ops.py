@@ -100,7 +100,7 @@ def test_a_run_from_the_command_to_the_files(
         assert (row["error"] is None) == (row["side"] == ops.MATMULS)
         assert row["share"] == pytest.approx(row["limit"] / row["milliseconds"])
     losses = [row["direction"] for row in kept["rows"] if row["name"] == "linear_cross_entropy"]
-    assert set(losses) == {FORWARD, BOTH}, "some sides make its gradients in the forward"
+    assert set(losses) == {FORWARD, BOTH}, "some implementations make its gradients in the forward"
     printed = capsys.readouterr().out
     assert "linear_cross_entropy, N 96, C 128, V 67; forward no less than" in printed
     assert "SDPA math" in printed

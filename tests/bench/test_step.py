@@ -79,7 +79,7 @@ def test_what_compiles_has_to_begin_in_time(eager: None) -> None:
 
 def test_a_compiler_that_takes_too_long_is_stopped() -> None:
     row, before = step.Row("step", "", "other"), signal.getsignal(signal.SIGALRM)
-    with step._given(0.05, row):
+    with step._time_limit(0.05, row):
         step._begin(row, lambda: time.sleep(60), WORK, None)
     assert row.note == "left out: not compiled within 0 s"
     assert signal.getsignal(signal.SIGALRM) is before
