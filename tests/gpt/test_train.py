@@ -415,7 +415,7 @@ def test_a_shortened_run_is_not_judged_by_the_presets_share(
 ):
     report = CorpusReport(3.0, 0.2, accepted=0.0, sample="Once.")
     monkeypatch.setattr(loop, "evaluate_corpus", lambda *_: report)
-    monkeypatch.setattr(loop, "run_steps", lambda session, _: session.log.history.append({"val_loss": 1.0}))
+    monkeypatch.setattr(loop, "run_steps", lambda session: session.log.history.append({"val_loss": 1.0}))
     monkeypatch.setattr(loop, "plot_runs", lambda _: tmp_path / "curve.png")
     config = with_train(config, data="tales:20", min_accepted=least, steps=steps)
     fails = end is not None and end.startswith("only")
