@@ -148,8 +148,14 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--json", dest="json_file", type=Path, metavar="FILE", help="write the rows there too"
     )
-    which = {"nargs": "+", "choices": ARCHITECTURES, "default": ARCHITECTURES}
-    report.add_argument("--architecture", dest="architectures", **which, help="(default: all four)")
+    report.add_argument(
+        "--architecture",
+        dest="architectures",
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=ARCHITECTURES,
+        help="(default: all four)",
+    )
     report.add_argument("--kernel", dest="word", default="", help="only those whose name contains this")
     return parser
 
