@@ -15,32 +15,36 @@ import torch
 
 from ..data.corpus import Corpus, open_corpus
 from ..data.documents import IGNORED, document_batches, encode_document
-from ..data.shards import TokenShards, holds_tokens, token_shards
+from ..data.loader import checksum
+from ..data.shards import TokenShards, holds_tokens, open_shard, token_shards
 from ..data.tokenizers import Tokenizer
 from ..data.windows import Batch, EvalWindows
 from .config import TrainConfig
 from .device import pick_device, pick_dtype
 from .generate import generate
 from .model import GPT
-from .run import load_run
+from .run import Run, load_run
 
 SCORED = 500  # documents scored of a corpus that knows their probabilities
 
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """A model compared with the source of its corpus: bits per byte of both on the same documents, and the share of the
-    model's own documents that the source could have written."""
+    """A model compared with the source of its corpus: the loss on the same whole documents, and the share of the model's
+    own documents that the source could have written."""
 
     bits_per_byte: float
-    best_possible: float
+    best_possible: float  # in bits a byte
+    bytes_per_token: float
     accepted: float
     sample: str
 
     def lines(self) -> list[str]:
+        bits, best = self.bits_per_byte, self.best_possible
+        nats = math.log(2) * self.bytes_per_token  # in one bit a byte
         return [
-            f"loss: {self.bits_per_byte:.4f} bits a byte, best possible {self.best_possible:.4f} "
-            f"({self.bits_per_byte - self.best_possible:+.4f})",
+            f"loss: {nats * bits:.4f} nats a token, best possible {nats * best:.4f} ({nats * (bits - best):+.4f})",
+            f"      {bits:.4f} bits a byte, best possible {best:.4f} ({bits - best:+.4f})",
             f"accepted: {self.accepted:.0%} of the tales it writes are tales that the grammar could have written",
         ]
 
@@ -100,8 +104,9 @@ def evaluate_corpus(
     documents = [encode_document(tokenizer, text) for text in texts]
     device = model.wte.weight.device
     n_bytes = sum(len(text.encode()) for text in texts)
+    bytes_per_token = n_bytes / sum(len(ids) - 1 for ids in documents)
     batches = list(document_batches(documents, model.config.context_length, 32, device))
-    nats = mean_loss(model, batches, dtype) * sum(len(ids) - 1 for ids in documents)
+    loss = mean_loss(model, batches, dtype)
     own = generate(
         model,
         [[tokenizer.end_of_text]] * written,
@@ -113,8 +118,9 @@ def evaluate_corpus(
     stories = [tokenizer.decode(token for token in ids if token != tokenizer.end_of_text) for ids in own]
     accepted = [story for story in stories if corpus.log_prob(story) > -math.inf]
     return CorpusReport(
-        bits_per_byte=nats / math.log(2) / n_bytes,
+        bits_per_byte=bits_per_byte(loss, bytes_per_token),
         best_possible=-sum(map(corpus.log_prob, texts)) / math.log(2) / n_bytes,
+        bytes_per_token=bytes_per_token,
         accepted=len(accepted) / len(stories),
         sample=(accepted or stories)[0],
     )
@@ -125,7 +131,8 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
 
     Args:
         path: a run folder.
-        data: a source, scored as a whole; by default the validation part of the run's own data.
+    """A model compared with the source of its corpus: the loss on the same whole documents, and the share of the model's
+    own documents that the source could have written."""
         device: where to compute.
     """
     place = pick_device(device)
@@ -144,10 +151,20 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
             print(f"\n{report.sample}")
             return
         loss, tokens, bytes_per_token = _score_text(run.model, run.tokenizer, corpus, data is None, dtype)
-    print(f"{source}: {tokens:,} tokens")
+    print(f"{source}{', validation part' if data is None else ''}: {tokens:,} tokens")
+    if data is not None and not holds_tokens(source) and _trained_on(run, source):
+        print("      this includes the text that the run was trained on: expect a higher loss on new text")
     print(f"loss: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}")
     if bytes_per_token:
         print(f"      {bits_per_byte(loss, bytes_per_token):.4f} bits a byte")
+
+
+def _trained_on(run: Run, source: str) -> bool:
+    """Whether the tokens of the training part of `source` are those that a run's record names."""
+    if run.trained_on is None:
+        return False
+    shards = token_shards(source, run.tokenizer, run.config.train.val_fraction, progress=True)
+    return checksum(map(open_shard, shards.train)) == run.trained_on
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
