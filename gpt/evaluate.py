@@ -131,8 +131,8 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
 
     Args:
         path: a run folder.
-    """A model compared with the source of its corpus: the loss on the same whole documents, and the share of the model's
-    own documents that the source could have written."""
+        data: a source, scored as a whole; by default the validation part of the run's own data. A text that the run was
+            trained on is reported as such.
         device: where to compute.
     """
     place = pick_device(device)
