@@ -49,7 +49,7 @@ def measure(work: Workload, rows: tuple[int, ...] = (1, 8), rounds: int = 5) -> 
         name = f"transformers {version('transformers')}"
         implementations.append((name, load_transformers(model).to(work.device).eval(), _theirs))
     except (ImportError, PackageNotFoundError):
-        print("transformers is not installed and left out: pip install 'fusedgpt[bench]'")
+        print("transformers is not installed and left out: pip install transformers")
     generator = torch.Generator().manual_seed(3)
     prompts = {
         n: torch.randint(work.config.vocab_size, (n, length), generator=generator).tolist() for n in rows

@@ -58,7 +58,7 @@ def builders(
         yield name, lambda: transformers_gpt2(work)
         yield f"{name}, torch.compile", lambda: transformers_gpt2(work, compile=True)
     except PackageNotFoundError:
-        print("transformers is not installed and left out: pip install 'fusedgpt[bench]'")
+        print("transformers is not installed and left out: pip install transformers")
     if nanogpt_folder is not None:
         yield "nanoGPT", lambda: nanogpt(work, nanogpt_folder)
         yield "nanoGPT, torch.compile", lambda: nanogpt(work, nanogpt_folder, compile=True)
