@@ -33,7 +33,7 @@ from .. import checks, reference
 from .._triton import on_device_of, tl, triton
 from ..backend import autocast, choose, register
 from ..matmul import accumulate
-from ..tiles import CROSS_ENTROPY, Case, hardware, select
+from ..tiles import CROSS_ENTROPY, hardware, select
 
 BUDGET = 400 * 2**20  # bytes of one chunk's logits, at most
 ROWS = 128  # a chunk is a multiple of this many rows, the height of a matmul's tile
@@ -143,37 +143,6 @@ def cross_entropy_kernel(
             # 1 is subtracted from a probability near 1 before anything is added.
             p = _exp(z_target - m_row) / d_row
             tl.store(logits + target, p - share + (p * z_grad - smooth), mask=known)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row at its widest, and GPT-2's vocabulary with each option."""
-    limits = [row.limit for row in CROSS_ENTROPY.get(architecture, CROSS_ENTROPY["any"])]
-    cases = [
-        _case(architecture, dtype, 50304, loss, gradient, smoothing)
-        for dtype in ("bf16", "fp32")
-        for loss, gradient in ((True, False), (True, True), (False, True))
-        for smoothing in (False, True)
-    ]
-    return cases + [_case(architecture, "bf16", limit, True, True, True) for limit in limits[:-1]]
-
-
-def _case(architecture: str, dtype: str, columns: int, loss: bool, gradient: bool, smoothing: bool) -> Case:
-    tile = select(CROSS_ENTROPY, architecture, columns)
-    what = " + ".join(["loss"] * loss + ["gradient"] * gradient + ["smoothing"] * smoothing)
-    arguments: dict[str, Any] = {
-        "logits": f"*{dtype}",
-        "targets": "*i64",
-        "loss": "*fp32" if loss else None,
-        "lse": "*fp32",
-        "stride": "i32:16",
-        "V": "i32",
-        "ignore_index": "i32",
-        "epsilon": "fp32" if smoothing else None,
-        "zeta": "fp32",
-        "GRAD": gradient,
-        "tile": tile,
-    }
-    return Case(f"cross_entropy {what} {dtype} V={columns}", cross_entropy_kernel, arguments, tile)
 
 
 class Options(NamedTuple):

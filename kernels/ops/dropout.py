@@ -15,7 +15,7 @@ from .. import checks, reference
 from .._triton import on_device_of, tl, triton
 from ..backend import choose, register
 from ..dropout_mask import dropout_key, int32_bits, keep_scale, keep_tile, threshold_bits
-from ..tiles import Case, dropout_tile
+from ..tiles import dropout_tile
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
@@ -28,19 +28,6 @@ def dropout_kernel(x, out, seed, stream, threshold, scale, rows, columns, tile: 
     keep = keep_tile(dropout_key(seed, stream), row, column, threshold)
     value = tl.load(x + at, mask=inside).to(tl.float32) * scale
     tl.store(out + at, tl.where(keep, value, 0.0), mask=inside)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles of this file."""
-    tile = dropout_tile(768)
-    mask = {"seed": "*i64", "stream": "i32", "threshold": "i32", "scale": "fp32"}
-    sizes = {"rows": "i32", "columns": "i32:16", "tile": tile}
-    return [
-        Case(
-            f"dropout {dtype}", dropout_kernel, {"x": f"*{dtype}", "out": f"*{dtype}", **mask, **sizes}, tile
-        )
-        for dtype in ("bf16", "fp32")
-    ]
 
 
 def _launch(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:

@@ -29,7 +29,7 @@ from .. import checks, reference
 from .._triton import on_device_of, tl, triton
 from ..backend import choose, register
 from ..dropout_mask import dropout_key, int32_bits, keep_scale, keep_tile, threshold_bits
-from ..tiles import EMBED, ROW_SUMS, Case, Tile, hardware, next_power_of_two, select
+from ..tiles import EMBED, ROW_SUMS, hardware, next_power_of_two, select
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows", "T", "V"])
@@ -119,36 +119,6 @@ def row_sums_kernel(
             acc += tl.sum(tl.load(partial + at[:, None] * C + column[None, :], mask=here, other=0.0), 0)
         acc *= scale
     tl.store(dw + target * C + column, acc, mask=column < C)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row, at GPT-2's narrowest width where that is the row."""
-    cases = []
-    for table, build in ((EMBED, _forward_cases), (ROW_SUMS, _backward_cases)):
-        for columns in (min(row.limit, 768) for row in table.get(architecture, table["any"])):
-            cases += build(columns, select(table, architecture, columns), "bf16")
-        cases += build(768, select(table, architecture, 768), "fp32")
-    return cases
-
-
-_MASK = {"seed": "*i64", "stream": "i32", "threshold": "i32"}
-
-
-def _forward_cases(columns: int, tile: Tile, dtype: str) -> list[Case]:
-    arguments = {"ids": "*i64", "wte": "*fp32", "wpe": "*fp32", "out": f"*{dtype}", **_MASK, "scale": "fp32"}
-    arguments |= {"rows": "i32", "T": "i32", "V": "i32", "C": columns, "tile": tile}
-    return [Case(f"embed forward {dtype} C={columns}", embed_kernel, arguments, tile)]
-
-
-def _backward_cases(columns: int, tile: Tile, dtype: str) -> list[Case]:
-    shared: dict[str, Any] = {"dx": f"*{dtype}", "order": "*i64", "partial": "*fp32", **_MASK, "chunk": "i32"}
-    shared |= {"C": columns, "tile": tile}
-    rows = {**shared, "offsets": "*i32", "dw": "*fp32", "scale": "fp32"}
-    name = f"embed backward {dtype} C={columns}"
-    return [
-        Case(f"{name} chunks", chunk_sums_kernel, {**shared, "keys": "*i32"}, tile),
-        Case(f"{name} rows", row_sums_kernel, rows, tile),
-    ]
 
 
 def _launch_forward(

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key, keep_tile
-from ...tiles import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, Case, Tile, select
-from .forward import Inputs, Outputs, forward_kernel, load_float32, load_parameter, wide_forward_kernel
+from .forward import load_float32, load_parameter
 
 
 class Incoming(NamedTuple):
@@ -163,52 +162,3 @@ def wide_sums_kernel(inp, out, rows, C: tl.constexpr, wanted: tl.constexpr, tile
         if wanted.dx_bias:
             dx_bias += tl.sum(load_float32(out.dh if out.dx is None else out.dx, at, here), 0)
     _store_sums(out.sums, tl.program_id(1), dw, db, dx_bias, column, inside, C, wanted)
-
-
-GPT2_WIDTHS = (768, 1024, 1280, 1600)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row at its widest with all options on, and GPT-2's widths."""
-    cases = []
-    for table, build in ((LAYER_NORM_FORWARD, _forward_cases), (LAYER_NORM_BACKWARD, _backward_cases)):
-        rows = table.get(architecture, table["any"])
-        widest = [min(row.limit, 65536) for row in rows]
-        for columns in sorted({*widest, *GPT2_WIDTHS}):
-            cases += build(columns, select(table, architecture, columns), "bf16", True)
-        cases += build(768, select(table, architecture, 768), "bf16", False)
-        cases += build(768, select(table, architecture, 768), "fp32", True)
-    return cases
-
-
-_MASK = {"seed": "*i64", "stream": "i32", "threshold": "i32", "scale": "fp32"}
-
-
-def _forward_cases(columns: int, tile: Tile, dtype: str, add: bool) -> list[Case]:
-    x = f"*{dtype}"
-    arguments: dict[str, Any] = {
-        "inp": Inputs(x, "*fp32" if add else None, x if add else None, "*fp32", "*fp32"),
-        "out": Outputs(x, x if add else None, "*fp32"),
-        **_MASK,
-        "seed": "*i64" if add else None,
-        "eps": "fp32",
-        "rows": "i32",
-        "C": columns,
-        "tile": tile,
-    }
-    name = f"{'add_' if add else ''}layer_norm forward {dtype} C={columns}"
-    return [Case(name, wide_forward_kernel if tile.block < columns else forward_kernel, arguments, tile)]
-
-
-def _backward_cases(columns: int, tile: Tile, dtype: str, add: bool) -> list[Case]:
-    x, added = f"*{dtype}", f"*{dtype}" if add else None
-    name = f"{'add_' if add else ''}layer_norm backward {dtype} C={columns}"
-    shared = {"inp": Incoming(x, added, x, "*fp32", "*fp32"), "rows": "i32", "C": columns, "tile": tile}
-    mask = {**_MASK, "seed": "*i64" if add else None}
-    sums = {"out": Gradients(x, added, "*fp32"), "wanted": Wanted(True, True, add)}
-    if tile.block >= columns:
-        return [Case(name, backward_kernel, {**shared, **mask, **sums}, tile)]
-    return [
-        Case(name, wide_backward_kernel, {**shared, **mask, "out": Gradients(x, added, None)}, tile),
-        Case(f"{name} sums", wide_sums_kernel, {**shared, **sums}, tile),
-    ]

@@ -11,10 +11,7 @@ Hopper and later GPUs read descriptors in hardware. Compiled for older ones the 
 library's matmuls only.
 """
 
-from typing import Any
-
 from ..._triton import tl, triton
-from ...tiles import MLP_DOWN_GRADIENT_TILES, MLP_UP_TILES, Case, MatmulTile
 from .gelu import gelu_and_grad, load_bias
 
 
@@ -122,39 +119,3 @@ def down_gradient_kernel(
                 _gradient_epilogue(second, pre, bias, a, dpre, part, row, column + WIDTH, F, EXACT, WIDTH)
                 _gradient_epilogue(third, pre, bias, a, dpre, part, row, column + 2 * WIDTH, F, EXACT, WIDTH)
                 _gradient_epilogue(fourth, pre, bias, a, dpre, part, row, column + 3 * WIDTH, F, EXACT, WIDTH)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every candidate tile with all options on; the exact GELU where registers are fewest."""
-    cases = []
-    for table, build in ((MLP_UP_TILES, _up_case), (MLP_DOWN_GRADIENT_TILES, _down_gradient_case)):
-        tiles = table.get(architecture, ())
-        cases += [build(tile, False) for tile in tiles]
-    return cases + [_down_gradient_case(tile, True) for tile in tiles[:1]]
-
-
-def _up_case(tile: MatmulTile, exact: bool) -> Case:
-    operands = {"x": (tile.rows, tile.depth), "w": (tile.block, tile.depth)}
-    return _case("up", up_kernel, tile, exact, operands, ("pre", "a"), {"bias": "*fp32"})
-
-
-def _down_gradient_case(tile: MatmulTile, exact: bool) -> Case:
-    operands = {"dy": (tile.rows, tile.depth), "w": (tile.depth, tile.block)}
-    pointers = {"bias": "*fp32", "db": "*fp32"}
-    return _case("down gradient", down_gradient_kernel, tile, exact, operands, ("pre", "a", "dpre"), pointers)
-
-
-def _case(
-    name: str,
-    kernel: Any,
-    tile: MatmulTile,
-    exact: bool,
-    operands: dict[str, tuple[int, int]],
-    results: tuple[str, ...],
-    pointers: dict[str, str],
-) -> Case:
-    shapes = operands | dict.fromkeys(results, (tile.rows, tile.block // tile.split))
-    descriptors = {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in shapes.items()}
-    sizes = {"rows": "i32", "C": 768, "F": 3072, "EXACT": exact, "tile": tile}
-    title = f"mlp {name} bf16 {tile.rows} x {tile.block}{' exact' if exact else ''}"
-    return Case(title, kernel, {**descriptors, **pointers, **sizes}, tile)

@@ -12,7 +12,6 @@ inside erf, and two in the backward. Instructions per element of the whole kerne
 import math
 
 from ..._triton import tl, triton
-from ...tiles import GELU_BACKWARD, GELU_FORWARD, Case, select
 
 # 2u = 2 √(2/π) (x + 0.044715 x³) = x (C1 + C3 x²); the second pair gives -2u · log2(e)
 _C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -91,19 +90,3 @@ def gelu_backward_kernel(
     if sums is not None:
         sums += tl.program_id(1).to(tl.int64) * F + column
         tl.store(sums, tl.sum(db, 0), mask=column < F)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: both passes with all options on, in the dtypes and forms that differ."""
-    forward, backward = (select(table, architecture, 3072) for table in (GELU_FORWARD, GELU_BACKWARD))
-    cases = []
-    for name, x, exact in (
-        ("bf16 C=768", "*bf16", False),
-        ("bf16 exact", "*bf16", True),
-        ("fp32", "*fp32", False),
-    ):
-        shared = {"pre": x, "bias": "*fp32", "a": x, "rows": "i32", "F": 3072, "EXACT": exact}
-        gradients = {"da": x, "dpre": x, "sums": "*fp32", "tile": backward}
-        cases.append(Case(f"gelu forward {name}", gelu_kernel, {**shared, "tile": forward}, forward))
-        cases.append(Case(f"gelu backward {name}", gelu_backward_kernel, {**shared, **gradients}, backward))
-    return cases
