@@ -1,7 +1,7 @@
-"""Triton where it is installed and inert stand-ins where it is not, so that every operator file imports anywhere.
+"""Triton where it is installed, inert stand-ins where it is not, so that every operator file imports anywhere.
 
-Kernels are decorated when their module is imported. Without Triton the decorators hand the functions back, nothing
-launches them, and `backend.py` tells why.
+Kernels are decorated when their module is imported. Without Triton the decorators return the functions unchanged,
+nothing launches them, and `backend.py` gives the reason.
 """
 
 import os
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Said aloud because its default changes from release to release: a · b + c in one rounding.
+# Contract a · b + c to one rounding. Set explicitly because the default changes between releases.
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 
 class _Absent:
-    """Stands in for a module that is missing: any attribute, any call, any decorator."""
+    """A stand-in for a missing module: takes any attribute, any call, any decorator."""
 
     def __getattr__(self, name: str) -> "_Absent":
         return self
@@ -37,12 +37,12 @@ except ImportError as error:
     MISSING = str(error)
     triton = tl = TensorDescriptor = _Absent()
 
-# TRITON_INTERPRET=1 at import: the kernels of this process run in Triton's interpreter, on CPU tensors
+# With TRITON_INTERPRET=1 at import, kernels of this process run in Triton's interpreter, on CPU tensors.
 INTERPRETED: bool = MISSING is None and bool(triton.knobs.runtime.interpret)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: make that x's."""
+    """Make x's device the current one, which is where Triton launches."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(x.device)

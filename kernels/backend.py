@@ -1,7 +1,7 @@
-"""Which implementation runs for these tensors, and why; and how a Triton operator joins PyTorch.
+"""Choose the implementation for given tensors, give the reason, and register Triton operators with PyTorch.
 
-`auto` takes a Triton kernel for CUDA and ROCm tensors wherever one exists and the reference for all else, so it
-never fails where the reference would work; a forced backend that cannot run raises instead.
+`auto` uses Triton kernels for CUDA and ROCm tensors and the reference for everything else, so it never fails where the
+reference would work. A forced backend that cannot run raises.
 """
 
 import os
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import _triton
+from . import _triton, checks
 from ._triton import tl, triton
 
 BACKENDS = ("auto", "triton", "torch")
@@ -31,10 +31,10 @@ OPERATORS = (
     "linear_cross_entropy",
     "dropout",
 )
-MIN_CAPABILITY = (8, 0)  # of an NVIDIA GPU: bfloat16 arithmetic and asynchronous copies
+MIN_CAPABILITY = (8, 0)  # NVIDIA GPUs from here on have bfloat16 arithmetic and asynchronous copies
 
-# A plain global: Dynamo cannot trace a ContextVar, and autograd's own threads, which recompute checkpointed blocks,
-# would not see its value.
+# A plain global: Dynamo cannot trace a ContextVar, and autograd's threads, which recompute checkpointed blocks, would
+# not see its value.
 _forced: str | None = None
 
 
@@ -47,11 +47,11 @@ class Choice(NamedTuple):
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the `with` block on one backend: "triton", "torch" or "auto" (the default).
 
-    Wins over the environment variable FUSEDGPT_BACKEND, and holds for all threads. A forced backend that cannot
-    run an operator raises there.
+    Overrides the environment variable FUSEDGPT_BACKEND and applies to all threads. An operator that the forced backend
+    cannot run raises RuntimeError.
 
     Raises:
-        ValueError: the name is none of the three.
+        ValueError: unknown name.
     """
     global _forced
     outer, _forced = _forced, _known(name, "use_backend")
@@ -62,20 +62,23 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The backend asked for: `use_backend` first, then FUSEDGPT_BACKEND, then "auto"."""
+    """Return the requested backend: `use_backend` first, then FUSEDGPT_BACKEND, then "auto"."""
     return _forced or _known(os.environ.get("FUSEDGPT_BACKEND") or "auto", "FUSEDGPT_BACKEND")
 
 
 def _known(name: str, origin: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"{origin}: unknown backend {name!r}; it is one of {', '.join(BACKENDS)}")
+        raise ValueError(
+            f"{origin}: unknown backend {checks.describe(name)}; it is one of {', '.join(BACKENDS)}"
+        )
     return name
 
 
 def choose(operator: str, x: Tensor, *others: Tensor | None, obstacle: str | None = None) -> Choice:
-    """The backend for one call of `operator` on x and the other tensors, with the reason as half a sentence.
+    """Choose the backend for one call of `operator` on x and the other tensors, with the reason as a clause.
 
-    obstacle: what the operator itself sees in its kernel's way, such as a shape.
+    Args:
+        obstacle: why the operator's own kernel cannot take this call, such as an unsupported shape.
 
     Raises:
         RuntimeError: "triton" was forced and cannot run here.
@@ -94,12 +97,12 @@ def choose(operator: str, x: Tensor, *others: Tensor | None, obstacle: str | Non
 
 
 def _obstacle(wanted: str, x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
-    """What keeps a Triton kernel from running on these tensors, or None."""
+    """Return why a Triton kernel cannot run on these tensors, or None."""
     if _triton.MISSING is not None:
         return f"Triton cannot be imported ({_triton.MISSING})"
     if _triton.INTERPRETED:
         if wanted != "triton":
-            return "Triton's interpreter runs only where it is asked for"
+            return "Triton's interpreter runs only on request"
     elif not x.is_cuda:
         return f"the tensors are on {x.device}, and Triton kernels need a CUDA or ROCm device"
     if any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
@@ -108,11 +111,11 @@ def _obstacle(wanted: str, x: Tensor, others: tuple[Tensor | None, ...]) -> str 
 
 
 def unusable(device: torch.device) -> str | None:
-    """Why compiled Triton kernels cannot run on a CUDA or ROCm device, or None: found out once for a device."""
+    """Return why compiled Triton kernels cannot run on a CUDA or ROCm device, or None. Probed once per device."""
     return _probe(device.index if device.index is not None else torch.cuda.current_device())
 
 
-# What torch.compiler.assume_constant_result sets; that imports the compiler, which is half of our own import time.
+# As torch.compiler.assume_constant_result does; importing that takes half of our own import time.
 unusable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -130,7 +133,7 @@ def _probe(index: int) -> str | None:
             if flag.item() == 1.0:
                 return None
         obstacle = "a first Triton kernel ran but gave a wrong result"
-    except Exception as error:  # whatever a compiler, a driver or a launcher may throw
+    except Exception as error:  # compilers, drivers and launchers raise anything
         lines = str(error).strip().splitlines() or [""]
         obstacle = f"a first Triton kernel failed with {type(error).__name__}: {lines[0]}"
     obstacle = "; ".join([obstacle, *missing_tools()])
@@ -144,40 +147,44 @@ def _probe_kernel(flag):
 
 
 def missing_tools() -> list[str]:
-    """What Triton's launcher is built with and this machine lacks, each with its remedy."""
+    """List what Triton needs to build its launcher and this machine lacks, each with a remedy."""
     missing = []
     if shutil.which(os.environ.get("CC", "cc")) is None and not (
         shutil.which("gcc") or shutil.which("clang")
     ):
         missing.append("there is no C compiler (install gcc, or name one in CC)")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        missing.append("Python's headers are missing (install python3-dev or its like)")
+        missing.append("Python's headers are missing (install python3-dev or the equivalent)")
     return missing
 
 
 def explain(operator: str, x: Tensor) -> str:
-    """One sentence: which backend `operator` uses for tensors of x's device and dtype, and why.
+    """Say in one sentence which backend `operator` uses for tensors of x's device and dtype, and why.
 
     Args:
-        operator: a name out of `fusedgpt.kernels`, such as "layer_norm"; "causal_attention" is "attention".
+        operator: a function of `fusedgpt.kernels`, such as "layer_norm"; "causal_attention" means "attention".
+        x: a tensor of the device and dtype in question.
 
     Raises:
-        ValueError: there is no such operator.
+        TypeError: x is not a tensor.
+        ValueError: unknown operator.
         RuntimeError: "triton" was forced and cannot run here.
     """
-    operator = {"causal_attention": "attention"}.get(operator, operator)
+    operator = "attention" if operator == "causal_attention" else operator
     if operator not in OPERATORS:
-        raise ValueError(f"explain: unknown operator {operator!r}; it is one of {', '.join(OPERATORS)}")
+        raise ValueError(
+            f"explain: unknown operator {checks.describe(operator)}; it is one of {', '.join(OPERATORS)}"
+        )
+    checks.floating("explain", x=x)
     choice = choose(operator, x)
     implementation = "its Triton kernel" if choice.backend == "triton" else "plain PyTorch"
     return f"{operator} runs in {implementation} for {str(x.dtype)[6:]} on {x.device}: {choice.reason}."
 
 
 def autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype where autocast is on for its device; float64 stays as it is.
+    """Cast x to autocast's dtype where autocast is enabled for its device; float64 is left alone.
 
-    The public functions call it argument by argument: a rule registered with autocast would cast a float32
-    residual too.
+    The public functions call it per argument: a rule registered with autocast would cast a float32 residual too.
     """
     if not _autocasts(x) or x.dtype == torch.float64:
         return x
@@ -185,7 +192,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
-    """Autocast off for x's device: what an operator holds in float32 by then, it holds so on purpose."""
+    """Disable autocast for x's device, so that what an operator keeps in float32 stays float32."""
     return torch.autocast(x.device.type, enabled=False) if _autocasts(x) else nullcontext()
 
 
@@ -204,16 +211,16 @@ def register(
     save: Callable | None = None,
     backward: Callable | None = None,
 ) -> Any:
-    """Make a launcher the PyTorch operator `fusedgpt::<name>` and return the operator.
+    """Register a launcher as the PyTorch operator `fusedgpt::<name>` and return the operator.
 
-    Defined through the dispatcher alone: the wrappers of `torch.library.custom_op` cost host time at every call.
+    It goes straight to the dispatcher: the wrappers of `torch.library.custom_op` cost host time at every call.
 
     Args:
         schema: "name(Tensor x, ...) -> Tensor"; no output may alias an input or another output.
         implementation: takes the arguments in the schema's order.
-        fake: the same for tensors without data.
-        save: (ctx, inputs, output), keeps what the backward needs.
-        backward: (ctx, *gradients), each a tensor or, where nobody used the output, None.
+        fake: the same, for tensors without data.
+        save: called with (ctx, inputs, output); saves what the backward needs.
+        backward: called with (ctx, *gradients), None for the gradient of an unused output.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -222,7 +229,7 @@ def register(
     if backward is not None:
 
         def save_sparingly(ctx: Any, inputs: tuple, output: Any) -> None:
-            ctx.set_materialize_grads(False)  # an output that nobody used brings None, not a tensor of zeros
+            ctx.set_materialize_grads(False)  # None, not a tensor of zeros, for an unused output
             if save is not None:
                 save(ctx, inputs, output)
 

@@ -1,18 +1,23 @@
-"""What every operator asks of its arguments: errors that name the argument, what it got and what it takes."""
+"""Argument checks shared by the operators. An error names the operator, the argument, what it got and what it takes."""
 
+from numbers import Integral, Real
+from typing import Any
+
+import torch
 from torch import Tensor, bfloat16, dtype, float16, float32, float64, int32, int64
 
-FLOATS = (float32, bfloat16, float16, float64)  # float64 runs on the reference only: it is the tests' oracle
+FLOATS = (float32, bfloat16, float16, float64)  # float64 runs in the reference only: it is the tests' oracle
 INTEGERS = (int32, int64)
+_NUMBERS = {float: (float, int, Real, torch.SymFloat, torch.SymInt), int: (int, Integral, torch.SymInt)}
 
 
 def floating(operator: str, **tensors: Tensor | None) -> None:
-    """Every tensor given is of a supported floating dtype (TypeError) and on one device (ValueError)."""
+    """Require a supported floating dtype (TypeError) and one device (ValueError) of all given tensors."""
     _tensors(operator, FLOATS, tensors)
 
 
 def integers(operator: str, **tensors: Tensor | None) -> None:
-    """Every tensor given is int32 or int64 (TypeError) and on one device (ValueError)."""
+    """Require int32 or int64 (TypeError) and one device (ValueError) of all given tensors."""
     _tensors(operator, INTEGERS, tensors)
 
 
@@ -22,7 +27,7 @@ def _tensors(operator: str, dtypes: tuple, tensors: dict[str, Tensor | None]) ->
         if tensor is None:
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{operator}: {name} is a {type(tensor).__name__}; it takes a tensor")
+            raise TypeError(f"{operator}: {name} is {describe(tensor)}; it takes a tensor")
         if tensor.dtype not in dtypes:
             raise TypeError(
                 f"{operator}: {name} has dtype {str(tensor.dtype)[6:]}; it takes {_names(dtypes)}"
@@ -33,17 +38,42 @@ def _tensors(operator: str, dtypes: tuple, tensors: dict[str, Tensor | None]) ->
             same_device(operator, *first, name, tensor)
 
 
+def describe(value: Any) -> str:
+    """A value for an error message: strings, None and dtypes in full, anything else by its type."""
+    if value is None or isinstance(value, str | dtype):
+        return repr(value)
+    return f"of type {type(value).__name__}"
+
+
 def _names(dtypes: tuple) -> str:
     return ", ".join(str(dtype)[6:] for dtype in dtypes)
 
 
 def out_dtype(operator: str, wanted: dtype | None) -> None:
-    """The dtype asked for, where one is, is a supported floating one."""
-    if wanted is not None and wanted not in FLOATS:
-        raise TypeError(f"{operator}: out_dtype is {str(wanted)[6:]}; it takes {_names(FLOATS)}")
+    """Require a supported floating dtype, or None."""
+    if wanted is not None and not (isinstance(wanted, dtype) and wanted in FLOATS):
+        raise TypeError(f"{operator}: out_dtype is {describe(wanted)}; it takes {_names(FLOATS)}")
+
+
+def numbers(operator: str, kind: type, **values: Any) -> None:
+    """Require Python numbers, of kind `float` (integers too) or `int`."""
+    for name, value in values.items():
+        if not isinstance(value, _NUMBERS[kind]):
+            wanted = "a number" if kind is float else "an integer"
+            raise TypeError(f"{operator}: {name} is {describe(value)}; it takes {wanted}")
+
+
+def one_of(operator: str, name: str, value: Any, *choices: str) -> None:
+    """Require one of several strings."""
+    if value not in choices:
+        raise ValueError(
+            f"{operator}: {name} is {describe(value)}; it takes {', '.join(map(repr, choices[:-1]))} "
+            f"or {choices[-1]!r}"
+        )
 
 
 def same_device(operator: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Require that two tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(
             f"{operator}: {other_name} is on {other.device} but {name} on {tensor.device}; move them to one device"
@@ -51,13 +81,15 @@ def same_device(operator: str, name: str, tensor: Tensor, other_name: str, other
 
 
 def shape(operator: str, name: str, tensor: Tensor | None, *expected: int) -> None:
-    """The tensor, where given, has exactly the expected shape."""
+    """Require a shape, where the tensor is given."""
     if tensor is not None and tensor.shape != expected:
         raise ValueError(f"{operator}: {name} has shape {tuple(tensor.shape)}; it takes {expected}")
 
 
-def dropout(operator: str, p: float, seed: Tensor | None, x: Tensor) -> None:
-    """The probability is in [0, 1] and comes with a seed of the right kind where it is not 0."""
+def dropout(operator: str, p: float, seed: Tensor | None, x: Tensor, stream: int = 0) -> None:
+    """Require a probability in [0, 1] and, where it is not 0, an int64 seed of one element on x's device."""
+    numbers(operator, float, probability=p)
+    numbers(operator, int, stream=stream)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{operator}: dropout probability {p} is outside [0, 1]")
     if p == 0.0:
@@ -65,9 +97,7 @@ def dropout(operator: str, p: float, seed: Tensor | None, x: Tensor) -> None:
     if seed is None:
         raise ValueError(f"{operator}: dropout probability {p} needs a seed: an int64 tensor of one element")
     if not isinstance(seed, Tensor):
-        raise TypeError(
-            f"{operator}: seed is a {type(seed).__name__}; it takes an int64 tensor of one element"
-        )
+        raise TypeError(f"{operator}: seed is {describe(seed)}; it takes an int64 tensor of one element")
     if seed.dtype != int64 or seed.numel() != 1:
         raise TypeError(
             f"{operator}: seed is {str(seed.dtype)[6:]} of shape {tuple(seed.shape)}; it takes int64 with one element"

@@ -1,22 +1,23 @@
-"""The one definition of a dropout mask: a counter-based generator from (seed, stream, position) to a keep bit.
+"""The definition of every dropout mask: a counter-based generator from (seed, stream, position) to a keep bit.
 
-A mask is never stored. Forward, backward, every tile size and this file's PyTorch all derive the same bits from
+A mask is never stored. Forward and backward kernels, at any tile size, and the PyTorch code below derive the same bits
+from
 
     key   = mix(mix(mix(stream + G) ^ seed_high) ^ seed_low)
     r     = mix(mix(head ^ key) ^ row) | 1                     one a row
     c     = mix(column ^ mix(key + G))                         one a column
     w     = high32(r · (c ^ r)) ^ low32(r · (c ^ r))           one 32-bit word a position
 
-in arithmetic modulo 2^32, where mix is a 32-bit finaliser of two xorshift-multiply rounds (C. Wellons, "Prospecting
-for Hash Functions", 2018) and G = 0x9E3779B9. Rows and columns are mixed once each, so an element costs one wide
+modulo 2^32, where mix is a 32-bit finaliser of two xorshift-multiply rounds (C. Wellons, "Prospecting for Hash
+Functions", 2018) and G = 0x9E3779B9. Each row and each column is mixed once, so an element costs one wide
 multiplication and two exclusive ors.
 
 - **Rows and columns** (everything but attention): head = 0, one word an element, dropped where w < p · 2^32.
 - **Attention** (batch · head, q, k): elements that differ only in bit 3 of q and bit 3 of k lie in one thread's
-  registers in the layouts of tensor cores, so the four of them share the word of the position with both bits cleared;
-  element (q, k) owns its byte 2 · bit3(q) + bit3(k) and is dropped where the low seven bits are < p · 128. So the
-  probability of attention is quantised to 1/128 (0.1 is 13/128; never to 0, nor to 1 below 1), and what is kept
-  is scaled by the exact probability of keeping.
+  registers in tensor-core layouts, so the four share the word of the position with both bits cleared. Element (q, k)
+  takes byte 2 · bit3(q) + bit3(k) of it and is dropped where that byte's low seven bits are < p · 128. So attention's
+  probability is quantised to 1/128 (0.1 becomes 13/128; nothing but 0 becomes 0, nothing but 1 becomes 1), and kept
+  elements are scaled by the exact keep probability.
 """
 
 import torch
@@ -26,26 +27,26 @@ from ._triton import tl, triton
 
 GOLDEN = 0x9E3779B9
 _LOW = 0xFFFFFFFF
-ATTENTION_LEVELS = 128  # a quarter word has 8 bits; the eighth is left free for a packed comparison
+ATTENTION_LEVELS = 128  # a byte of the word; its eighth bit is left free for a packed comparison
 
 
 def keep_scale(p: float) -> float:
-    """What kept elements are multiplied by; 0 where nothing is kept."""
+    """The factor of kept elements, 1 / (1 - p); 0 where nothing is kept."""
     return 1.0 / (1.0 - p) if p < 1.0 else 0.0
 
 
 def attention_threshold(p: float) -> int:
-    """How many of ATTENTION_LEVELS equally likely values drop an element: p quantised, 0 and 1 only where p is."""
+    """How many of ATTENTION_LEVELS equally likely values drop an element. Only p = 0 gives 0, only p = 1 gives all."""
     return min(max(round(p * ATTENTION_LEVELS), p > 0.0), ATTENTION_LEVELS - (p < 1.0))
 
 
 def int32_bits(value: int) -> int:
-    """The low 32 bits of value as a signed number: a kernel argument that is int32 whatever its value."""
+    """The low 32 bits of value as a signed integer, so that the kernel argument is int32 for any value."""
     return (value + 2**31) % 2**32 - 2**31
 
 
 def threshold_bits(p: float) -> int:
-    """Words below this are dropped, as `int32_bits`. A p of 1 keeps one word in 2^32, which `keep_scale` zeroes."""
+    """Words below this are dropped, as `int32_bits`. p = 1 keeps one word in 2^32, which `keep_scale` zeroes."""
     return int32_bits(min(round(p * 2**32), 2**32 - 1))
 
 
@@ -60,7 +61,7 @@ def attention_keep_mask(seed: Tensor, stream: int, heads: int, q_len: int, k_len
     rows, columns = -(-q_len // 16), -(-k_len // 16)  # blocks of 16, whose two halves share their words
     row, column = _positions(8 * rows, 8 * columns, seed.device)
     head = torch.arange(heads, device=seed.device).view(-1, 1, 1)
-    words = _words(seed, stream, head, row + (row & ~7), column + (column & ~7))  # a zero put in as bit 3
+    words = _words(seed, stream, head, row + (row & ~7), column + (column & ~7))  # inserts a zero as bit 3
     words = words.view(heads, rows, 8, columns, 8)
     keep = torch.empty((heads, rows, 2, 8, columns, 2, 8), dtype=torch.bool, device=seed.device)
     for byte in range(4):
@@ -74,14 +75,14 @@ def _positions(rows: int, columns: int, device: torch.device) -> tuple[Tensor, T
 
 
 def _words(seed: Tensor, stream: int, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """The 32-bit words of broadcast positions, as int64: 32-bit arithmetic carried out in 64 bits and masked."""
+    """The 32-bit words of broadcast positions, in int64: 32-bit arithmetic done in 64 bits and masked."""
     seed = seed.view(())
     key = _mix(torch.full((), (stream + GOLDEN) & _LOW, dtype=torch.int64, device=seed.device))
     key = _mix(_mix(key ^ (seed >> 32 & _LOW)) ^ (seed & _LOW))
     r = _mix(_mix(head ^ key) ^ row) | 1
     c = _mix(column ^ _mix((key + GOLDEN) & _LOW))
-    product = (c ^ r).mul_(r)  # int64 wraps around, which keeps the low 64 bits of the product exact
-    # in place: memory for another tensor of this size takes longer than its arithmetic
+    product = (c ^ r).mul_(r)  # int64 wraps around: the low 64 bits of the product stay exact
+    # In place: allocating another tensor of this size takes longer than its arithmetic.
     return (product >> 32).bitwise_xor_(product).bitwise_and_(_LOW)
 
 
@@ -93,7 +94,7 @@ def _mix(x: Tensor) -> Tensor:
 
 @triton.jit
 def dropout_key(seed, stream):
-    """What every word of one stream starts from. seed: pointer to int64, or None: so is the key; stream: 32 bits as int32."""
+    """The key of one stream, None without a seed. seed: pointer to int64, or None; stream: `int32_bits`."""
     key = None
     if seed is not None:
         value = tl.load(seed)
@@ -104,36 +105,37 @@ def dropout_key(seed, stream):
 
 @triton.jit
 def row_keys(key, head, row):
-    """r of the rows `row` of one head: uint32 like row. Without heads, head is 0."""
+    """r of rows, uint32 in row's shape. head: 0 where there are no heads."""
     return _mix32(_mix32(key ^ head) ^ row.to(tl.uint32)) | 1
 
 
 @triton.jit
 def column_keys(key, column):
-    """c of the columns `column`: uint32 like column."""
+    """c of columns, uint32 in column's shape."""
     return _mix32(column.to(tl.uint32) ^ _mix32(key + 0x9E3779B9))
 
 
 @triton.jit
 def dropout_words(r, c):
-    """The 32-bit words of positions whose r and c broadcast together."""
-    product = r.to(tl.uint64) * (c ^ r)  # one wide multiplication; umulhi and a product apart are two
+    """The 32-bit words of positions, for r and c that broadcast."""
+    product = r.to(tl.uint64) * (c ^ r)  # one wide multiplication, where umulhi and a product would be two
     return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
 
 
 @triton.jit
-def keep_elements(r, c, threshold):
-    """The mask of rows and columns, True where kept. threshold: `threshold_bits(p)`."""
-    return dropout_words(r, c) >= threshold.to(tl.uint32, bitcast=True)
+def keep_tile(key, row, column, threshold):
+    """The mask of a tile of `row` (R,) and `column` (C,) indices, True where kept. threshold: `threshold_bits(p)`."""
+    words = dropout_words(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :])
+    return words >= threshold.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def keep_scores(key, head, q, k, threshold):
     """The mask of a tile of attention scores, True where kept.
 
-    q and k are positions, int32, that broadcast together: (Q, 1) and (1, K), or (1, Q) and (K, 1) for a transposed
-    tile. threshold: `attention_threshold(p)`. Bit 3 is masked out before hashing, so that the compiler finds the
-    words of elements that share one equal and computes them once; comparing in place spares the shift.
+    q and k: int32 positions that broadcast, (Q, 1) and (1, K), or (1, Q) and (K, 1) for a transposed tile.
+    threshold: `attention_threshold(p)`. Bit 3 is cleared before hashing, so that the compiler computes a word that
+    elements share only once. Comparing the byte in place saves the shift.
     """
     words = dropout_words(row_keys(key, head, q & ~8), column_keys(key, k & ~8))
     unit = 1 << (8 * (2 * ((q >> 3) & 1) + ((k >> 3) & 1)))  # the lowest bit of the element's byte
@@ -146,18 +148,3 @@ def _mix32(x):
     x = (x ^ (x >> 16)) * 0x21F0AAAD
     x = (x ^ (x >> 15)) * 0xD35A2D97
     return x ^ (x >> 15)
-
-
-def masked(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
-    """`dropout` in plain PyTorch."""
-    columns = x.shape[-1] if x.dim() else 1
-    keep = keep_mask(seed, stream, x.numel() // max(columns, 1), columns, p).view(x.shape)
-    return (x * keep_factor(keep, keep_scale(p), x.dtype)).to(x.dtype)
-
-
-def keep_factor(keep: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """A mask and its scale as one factor, float32 or wider.
-
-    The backward multiplies by it once, a sixth of the time that a bool and a number take on a CPU.
-    """
-    return keep.to(torch.promote_types(dtype, torch.float32)).mul_(scale)

@@ -1,7 +1,7 @@
-"""The library's matmuls with the accumulator's float32 kept: a weight's gradient is rounded once, to the weight's dtype.
+"""Library matmuls that keep the float32 accumulator, so that a weight's gradient is rounded once, to the weight's dtype.
 
-cuBLAS stores float32 beside bfloat16 or float16 operands. Where torch offers that on NVIDIA GPUs alone, the operands
-are widened first: the same result, slower.
+cuBLAS can store float32 from bfloat16 or float16 operands. torch offers that on NVIDIA GPUs only; elsewhere the
+operands are widened first, which gives the same result more slowly.
 """
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a (M, K) @ b (K, N), of one dtype and any strides, as (M, N) in `dtype`, rounded once from the accumulator."""
+    """a (M, K) @ b (K, N) in `dtype` (M, N), rounded once from the accumulator. a and b: one dtype, any strides."""
     if a.dtype == dtype:
         return a @ b
     if dtype != torch.float32:  # narrower than the operands
@@ -18,19 +18,19 @@ def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def by_column(weight: Tensor) -> bool:
-    """Whether it is the transpose of what lies in memory: transformers' GPT-2 stores (in, out)."""
+    """Tell whether the weight is stored transposed, (in, out), as in transformers' GPT-2."""
     return weight.stride(0) == 1 < weight.stride(1)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, by_column: bool) -> Tensor:
-    """dyᵀ x of dy (M, out) and x (M, in), as (out, in) in `dtype`, in the weight's order: autograd would copy another."""
+    """dyᵀ x (out, in) in `dtype`, for dy (M, out) and x (M, in), in the weight's memory order: autograd would copy any other."""
     return product(x.T, dy, dtype).T if by_column else product(dy.T, x, dtype)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool = False) -> None:
-    """total += a (M, K) @ b (K, N) in place; total (M, N) is float32, a and b of one dtype and any strides.
+    """total += a (M, K) @ b (K, N) in place. total: (M, N) float32; a and b: one dtype, any strides.
 
-    The first product is written over whatever total holds, which spares filling it with zeros and reading them.
+    first: overwrite total instead, which saves filling it with zeros and reading them back.
     """
     beta = 0 if first else 1
     if a.dtype != torch.float32 and _stores_float32(a):

@@ -108,7 +108,7 @@ def measure(name: str, architecture: str, launch: Launch) -> Row:
     # shared memory: NVIDIA sets aside 1 KiB for each program, out of one more than a program may take
     reserved = 0 if isinstance(arch, str) else 1024
     per_program = launch.options["num_warps"]
-    elements = launch.constant("ROWS") * launch.constant("BLOCK", "WIDTH") / (per_program * lanes)
+    elements = launch.elements / (per_program * lanes)
     return Row(
         case=name,
         kernel=launch.kernel,

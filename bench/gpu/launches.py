@@ -47,11 +47,13 @@ class Launch(NamedTuple):
         """The same for launches of the same binary."""
         return repr(self[:-1])
 
-    def constant(self, *names: str) -> Any:
-        """The value of the first of these arguments that is a constant; 1 if none is."""
-        positions = {name: (i,) for i, name in enumerate(self.signature)}
-        found = (self.constants.get(positions[name]) for name in names if name in positions)
-        return next((value for value in found if value is not None), 1)
+    @property
+    def elements(self) -> int:
+        """How many elements a program's tile has; the kernel takes the tile whole, or its sizes one by one."""
+        value = {name: self.constants.get((i,)) for i, name in enumerate(self.signature)}
+        if tile := value.get("tile"):
+            return tile.rows * tile.block
+        return (value.get("ROWS") or 1) * (value.get("BLOCK") or value.get("WIDTH") or 1)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
-"""The sums of a matrix's columns: what a bias's gradient is.
+"""The sums of a matrix's columns, which are the gradient of a bias.
 
-Programs share the rows, each keeps float32 sums of its own, writes one partial row, and PyTorch adds those up in a fixed
-order: no atomics, the same bits every time. A matrix (M, N) of s bytes an element is read once, M N s bytes; the partial
-rows are 4 N bytes for each of as many programs as are resident together.
+Programs share the rows. Each accumulates its own float32 sums and writes one partial row, and PyTorch adds those up in
+a fixed order: no atomics, the same bits every time. A matrix (M, N) of s bytes an element is read once, M N s bytes;
+the partial rows take 4 N bytes for each resident program.
 """
 
 import torch
@@ -10,32 +10,21 @@ from torch import Tensor
 
 from .._triton import on_device_of, tl, triton
 from ..backend import register
-from ..tiles import COLUMN_SUM, Case, hardware, select
+from ..tiles import COLUMN_SUM, hardware, select
 
 
 @triton.jit(do_not_specialize=["rows"])
-def column_sum_kernel(x, sums, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """A program takes BLOCK columns of every num_programs(1)th tile of rows. sums: (num_programs(1), columns) float32."""
-    column = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def column_sum_kernel(x, sums, rows, columns, tile: tl.constexpr):
+    """A program takes tile.block columns of every num_programs(1)th tile. sums: (num_programs(1), columns) float32."""
+    column = tl.program_id(0).to(tl.int64) * tile.block + tl.arange(0, tile.block)
     inside = column < columns
-    total = tl.zeros(
-        (ROWS, BLOCK), tl.float32
-    )  # summed over rows at the end: until then nothing leaves a thread
-    for tile in tl.range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    # Reduced over rows after the loop: within it no thread communicates.
+    acc = tl.full((tile.rows, tile.block), 0.0, tl.float32)
+    for i in tl.range(tl.program_id(1), tl.cdiv(rows, tile.rows), tl.num_programs(1)):
+        row = i * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
         here = (row < rows)[:, None] & inside[None, :]
-        total += tl.load(x + row[:, None] * columns + column[None, :], mask=here, other=0.0).to(tl.float32)
-    tl.store(sums + tl.program_id(1).to(tl.int64) * columns + column, tl.sum(total, 0), mask=inside)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles of this file."""
-    tile = select(COLUMN_SUM, architecture, 2304)
-    sizes = {"rows": "i32", "columns": "i32:16", "ROWS": tile.rows, "BLOCK": tile.block}
-    return [
-        Case(f"column_sum {dtype}", column_sum_kernel, {"x": f"*{dtype}", "sums": "*fp32", **sizes}, tile)
-        for dtype in ("bf16", "fp32")
-    ]
+        acc += tl.load(x + row[:, None] * columns + column[None, :], mask=here, other=0.0).to(tl.float32)
+    tl.store(sums + tl.program_id(1).to(tl.int64) * columns + column, tl.sum(acc, 0), mask=inside)
 
 
 def _launch(x: Tensor) -> Tensor:
@@ -49,13 +38,11 @@ def _launch(x: Tensor) -> Tensor:
     splits = min(triton.cdiv(rows, tile.rows), triton.cdiv(tile.programs * where.multiprocessors, blocks))
     sums = x.new_empty((splits, columns), dtype=torch.float32)
     with on_device_of(x):
-        column_sum_kernel[(blocks, splits)](
-            x, sums, rows, columns, ROWS=tile.rows, BLOCK=tile.block, num_warps=tile.warps
-        )
+        column_sum_kernel[(blocks, splits)](x, sums, rows, columns, tile=tile, num_warps=tile.warps)
     return sums.sum(0)
 
 
-# (M, N) of any floating dtype but float64 and any strides to (N,) float32
+# x: (M, N), float32, bfloat16 or float16, any strides. Returns (N,) float32.
 column_sum = register(
     "column_sum(Tensor x) -> Tensor", _launch, lambda x: x.new_empty(x.shape[1], dtype=torch.float32)
 )

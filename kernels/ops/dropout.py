@@ -1,68 +1,36 @@
-"""Dropout on its own: an element-wise kernel that applies the mask of `dropout_mask.py`."""
+"""Dropout on its own: an elementwise kernel that applies the mask of `dropout_mask.py`.
+
+    forward   y = x · keep / (1 - p)
+    backward  dx = dy · keep / (1 - p)
+
+Only the seed is saved; the backward derives the same mask. Each pass moves each element twice, in and out.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import checks
+from .. import checks, reference
 from .._triton import on_device_of, tl, triton
 from ..backend import choose, register
-from ..dropout_mask import (
-    column_keys,
-    dropout_key,
-    int32_bits,
-    keep_elements,
-    keep_scale,
-    masked,
-    row_keys,
-    threshold_bits,
-)
-from ..tiles import Case, dropout_tile
+from ..dropout_mask import dropout_key, int32_bits, keep_scale, keep_tile, threshold_bits
+from ..tiles import dropout_tile
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
-def _dropout_kernel(
-    x, out, seed, stream, threshold, scale, rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
-    across = tl.cdiv(columns, BLOCK)  # one grid axis: the others take no more than 65,535 programs
-    row = (tl.program_id(0) // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % across).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def dropout_kernel(x, out, seed, stream, threshold, scale, rows, columns, tile: tl.constexpr):
+    across = tl.cdiv(columns, tile.block)  # one grid axis: the others take at most 65,535 programs
+    row = (tl.program_id(0) // across).to(tl.int64) * tile.rows + tl.arange(0, tile.rows)
+    column = (tl.program_id(0) % across).to(tl.int64) * tile.block + tl.arange(0, tile.block)
     at = row[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    key = dropout_key(seed, stream)
-    keep = keep_elements(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :], threshold)
+    keep = keep_tile(dropout_key(seed, stream), row, column, threshold)
     value = tl.load(x + at, mask=inside).to(tl.float32) * scale
     tl.store(out + at, tl.where(keep, value, 0.0), mask=inside)
 
 
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles of this file."""
-    tile = dropout_tile(768)
-    return [
-        Case(
-            f"dropout {dtype}",
-            _dropout_kernel,
-            {
-                "x": f"*{dtype}",
-                "out": f"*{dtype}",
-                "seed": "*i64",
-                "stream": "i32",
-                "threshold": "i32",
-                "scale": "fp32",
-                "rows": "i32",
-                "columns": "i32:16",
-                "ROWS": tile.rows,
-                "BLOCK": tile.block,
-            },
-            tile,
-        )
-        for dtype in ("bf16", "fp32")
-    ]
-
-
 def _launch(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
-    """Moves each element twice, in and out. The mask of the backward is that of the forward."""
     x = x.contiguous()
     out = torch.empty_like(x)
     if x.numel() == 0:
@@ -70,21 +38,10 @@ def _launch(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:
     columns = x.shape[-1] if x.dim() else 1
     rows = x.numel() // columns
     tile = dropout_tile(columns)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.block),)
+    mask = (seed, int32_bits(stream), threshold_bits(p), keep_scale(p))
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.block)
     with on_device_of(x):
-        _dropout_kernel[grid](
-            x,
-            out,
-            seed,
-            int32_bits(stream),
-            threshold_bits(p),
-            keep_scale(p),
-            rows,
-            columns,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
-        )
+        dropout_kernel[(programs,)](x, out, *mask, rows, columns, tile=tile, num_warps=tile.warps)
     return out
 
 
@@ -93,9 +50,9 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(seed)
 
 
-def _backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+def _backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None, None]:
     (seed,) = ctx.saved_tensors
-    return None if grad is None else _dropout(grad, ctx.p, seed, ctx.stream), None, None, None
+    return None if dy is None else _dropout(dy, ctx.p, seed, ctx.stream), None, None, None
 
 
 _dropout = register(
@@ -108,24 +65,22 @@ _dropout = register(
 
 
 def dropout(x: Tensor, p: float, seed: Tensor, stream: int = 0) -> Tensor:
-    """x with every element dropped with probability p and the rest scaled by 1 / (1 - p).
+    """Drop every element of x with probability p and scale the rest by 1 / (1 - p) (Srivastava et al., 2014).
 
     Args:
-        x: any shape, floating; its last dimension gives the columns, all others the rows.
+        x: any shape, floating; the last dimension gives the columns, all others the rows.
         p: in [0, 1], quantised to 2^-32.
         seed: int64, one element, on x's device.
-        stream: which of a step's dropouts this is.
+        stream: an integer that tells this dropout from others under the same seed.
 
     Returns:
-        A tensor like x.
+        A tensor of x's shape and dtype; x itself where p is 0.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device, or the probability.
+        TypeError, ValueError: unsupported dtype, shape, device or probability.
     """
     checks.floating("dropout", x=x)
-    checks.dropout("dropout", p, seed, x)
-    if p == 0.0:
-        return x
-    if choose("dropout", x).backend == "triton":
+    checks.dropout("dropout", p, seed, x, stream)
+    if p > 0.0 and choose("dropout", x).backend == "triton":
         return _dropout(x, p, seed, stream)
-    return masked(x, p, seed, stream)
+    return reference.dropout(x, p, seed, stream)

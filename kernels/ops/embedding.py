@@ -1,21 +1,22 @@
-"""Token and position embeddings: both look-ups, their sum and dropout in one operator.
+"""Token and position embeddings: both lookups, their sum and dropout in one operator.
 
     forward   x[b, t] = dropout(wte[ids[b, t]] + wpe[t])
     backward  dwte[v] = Σ over (b, t) with ids[b, t] = v of dx[b, t],   dwpe[t] = Σ over b of dx[b, t]
 
 dx is the incoming gradient under the same dropout mask. Only ids are saved.
 
-Both gradients are one sum: rows of dx in the order of the table rows they belong to, a segment a table row. The
-tokens' order is a stable sort, the positions' is known. Sums are float32, in a fixed order, without atomics. Of N rows in
-order, every √N / 4 (rounded up to a power of two, 16 at least) are a chunk, and a chunk inside one segment is summed on
-its own: so what one program adds up grows as √N, even where all N rows are one token's.
+Both gradients are one segmented sum: rows of dx, ordered by the table row they belong to, one segment per table row.
+The order of the tokens is a stable sort, that of the positions is known. Sums are float32, in a fixed order, without
+atomics. Of N ordered rows, every √N / 4 (rounded up to a power of two, at least 16) form a chunk. A chunk that lies in
+one segment is summed first, by a program of its own; then every table row adds up its chunks and the rows before and
+behind them. So the longest sum of one program grows as √N, even where all N rows belong to one token.
 
 Bytes moved for N = B T rows of C elements of s bytes and tables of V and P rows with w bytes an element:
 
-    forward   N C (w + s) + T C w: rows of wte in, x out; wpe comes from the cache but the first time
-    backward  2 N C s + (V + P) C w: dx in once for each table, both gradients out; 8 C more a chunk inside a segment
+    forward   N C (w + s) + T C w: rows of wte in, x out; wpe comes from the cache except the first time
+    backward  2 N C s + (V + P) C w: dx in once per table, both gradients out; 8 C more per chunk within one segment
 
-and beside them 8 to 12 bytes a row for ids, keys and their order, each time one is looked at.
+plus 8 to 12 bytes a row each time ids, keys and their order are read.
 """
 
 from math import isqrt
@@ -25,11 +26,99 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
-from .._triton import on_device_of, triton
+from .._triton import on_device_of, tl, triton
 from ..backend import choose, register
-from ..dropout_mask import int32_bits, keep_scale, threshold_bits
+from ..dropout_mask import dropout_key, int32_bits, keep_scale, keep_tile, threshold_bits
 from ..tiles import EMBED, ROW_SUMS, hardware, next_power_of_two, select
-from .embedding_kernels import chunk_sums_kernel, embed_kernel, row_sums_kernel
+
+
+@triton.jit(do_not_specialize=["stream", "threshold", "rows", "T", "V"])
+def embed_kernel(
+    ids, wte, wpe, out, seed, stream, threshold, scale, rows, T, V, C: tl.constexpr, tile: tl.constexpr
+):
+    """Row b · T + t is wte[ids[b, t]] + wpe[t], NaN where wte has no such row."""
+    across = tl.cdiv(C, tile.block)  # one grid axis: the others take at most 65,535 programs
+    row = (tl.program_id(0) // across).to(tl.int64) * tile.rows + tl.arange(0, tile.rows)
+    column = tl.program_id(0) % across * tile.block + tl.arange(0, tile.block)
+    here = (row < rows)[:, None] & (column < C)[None, :]
+    token = tl.load(ids + row, mask=row < rows, other=0).to(tl.int64)
+    known = (token >= 0) & (token < V)
+    x = tl.load(wte + token[:, None] * C + column[None, :], mask=here & known[:, None], other=float("nan"))
+    position = tl.load(wpe + (row % T)[:, None] * C + column[None, :], mask=here, other=0.0)
+    x = x.to(tl.float32) + position.to(tl.float32)
+    key = dropout_key(seed, stream)
+    if key is not None:
+        x = tl.where(keep_tile(key, row, column, threshold), x * scale, 0.0)
+    tl.store(out + row[:, None] * C + column[None, :], x, mask=here)
+
+
+@triton.jit
+def _gather_sum(dx, order, at, end, column, C: tl.constexpr, key, threshold):
+    """The float32 sum of the rows order[at] of dx with at < end, under the dropout mask but not scaled."""
+    row = tl.load(order + at, mask=at < end, other=0)
+    here = (at < end)[:, None] & (column < C)[None, :]
+    grad = tl.load(dx + row[:, None] * C + column[None, :], mask=here, other=0.0).to(tl.float32)
+    if key is not None:
+        grad = tl.where(keep_tile(key, row, column, threshold), grad, 0.0)
+    return tl.sum(grad, 0)
+
+
+@triton.jit(do_not_specialize=["stream", "threshold", "chunk"])
+def chunk_sums_kernel(
+    dx, keys, order, partial, seed, stream, threshold, chunk, C: tl.constexpr, tile: tl.constexpr
+):
+    """partial[i], float32: the sum over chunk i of the order if all of it has one key; not written otherwise."""
+    across = tl.cdiv(C, tile.block)
+    index = (tl.program_id(0) // across).to(tl.int64)
+    begin = index * chunk
+    end = begin + chunk
+    if tl.load(keys + begin) == tl.load(keys + end - 1):
+        column = tl.program_id(0) % across * tile.block + tl.arange(0, tile.block)
+        key = dropout_key(seed, stream)
+        acc = tl.full((tile.block,), 0.0, tl.float32)
+        for start in tl.range(begin, end, tile.rows):
+            acc += _gather_sum(dx, order, start + tl.arange(0, tile.rows), end, column, C, key, threshold)
+        tl.store(partial + index * C + column, acc, mask=column < C)
+
+
+@triton.jit(do_not_specialize=["stream", "threshold", "chunk"])
+def row_sums_kernel(
+    dx,
+    order,
+    offsets,
+    partial,
+    dw,
+    seed,
+    stream,
+    threshold,
+    scale,
+    chunk,
+    C: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """dw[v] is the sum over order[offsets[v]:offsets[v + 1]]: of its whole chunks' sums and the rows around them."""
+    across = tl.cdiv(C, tile.block)
+    target = (tl.program_id(0) // across).to(tl.int64)
+    column = tl.program_id(0) % across * tile.block + tl.arange(0, tile.block)
+    begin = tl.load(offsets + target)
+    end = tl.load(offsets + target + 1)
+    acc = tl.full((tile.block,), 0.0, tl.float32)
+    if begin < end:  # most of a vocabulary is absent from a batch
+        key = dropout_key(seed, stream)
+        first = (begin + chunk - 1) // chunk  # the whole chunks are first to last - 1
+        last = end // chunk
+        before = tl.minimum(first * chunk, end)
+        behind = tl.maximum(last * chunk, before)
+        for start in tl.range(0, before - begin + end - behind, tile.rows):
+            at = begin + start + tl.arange(0, tile.rows)
+            at = tl.where(at < before, at, at - before + behind)
+            acc += _gather_sum(dx, order, at, end, column, C, key, threshold)
+        for start in tl.range(first, last, tile.rows):
+            at = (start + tl.arange(0, tile.rows)).to(tl.int64)
+            here = (at < last)[:, None] & (column < C)[None, :]
+            acc += tl.sum(tl.load(partial + at[:, None] * C + column[None, :], mask=here, other=0.0), 0)
+        acc *= scale
+    tl.store(dw + target * C + column, acc, mask=column < C)
 
 
 def _launch_forward(
@@ -41,25 +130,13 @@ def _launch_forward(
     if not ids.is_cuda and (ids.min() < 0 or ids.max() >= len(wte)):
         raise _out_of_range(ids, wte)
     ids, wte, wpe = ids.contiguous(), wte.contiguous(), wpe.contiguous()
-    columns = wte.shape[1]
-    tile = select(EMBED, hardware(wte.device).architecture, columns)
+    T, (V, C) = ids.shape[1], wte.shape
+    tile = select(EMBED, hardware(wte.device).architecture, C)
+    programs = triton.cdiv(ids.numel(), tile.rows) * triton.cdiv(C, tile.block)
+    mask = (seed, int32_bits(stream), threshold_bits(p), keep_scale(p))
     with on_device_of(wte):
-        embed_kernel[(triton.cdiv(ids.numel(), tile.rows) * triton.cdiv(columns, tile.block),)](
-            ids,
-            wte,
-            wpe,
-            out,
-            seed,
-            int32_bits(stream),
-            threshold_bits(p),
-            keep_scale(p),
-            ids.numel(),
-            ids.shape[1],
-            len(wte),
-            C=columns,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
+        embed_kernel[(programs,)](
+            ids, wte, wpe, out, *mask, ids.numel(), T, V, C=C, tile=tile, num_warps=tile.warps
         )
     return out
 
@@ -79,30 +156,30 @@ def _launch_row_sums(
     seed: Tensor | None,
     stream: int,
 ) -> Tensor:
-    """(rows, C) in dtype: row v is the sum of the rows order[i] of dropout(dx), dx (..., C), where keys[i] = v.
+    """dw (rows, C) in dtype: dw[v] is the sum of the rows order[i] of dropout(dx), dx (..., C), with keys[i] = v.
 
     keys: (N,) int32, ascending; those outside [0, rows) belong to no row. order: (N,) int64.
     """
-    columns = dx.shape[-1]
-    out = dx.new_empty((rows, columns), dtype=dtype)
-    if dx.numel() == 0 or out.numel() == 0:
-        return out.zero_()
+    C = dx.shape[-1]
+    dw = dx.new_empty((rows, C), dtype=dtype)
+    if dx.numel() == 0 or dw.numel() == 0:
+        return dw.zero_()
     dx = dx.contiguous()
     table = torch.arange(rows + 1, dtype=torch.int32, device=dx.device)
     offsets = torch.searchsorted(keys, table, out_int32=True)
     chunk = max(16, next_power_of_two(isqrt(len(keys)) // 4))
-    partial = dx.new_empty((len(keys) // chunk, columns), dtype=torch.float32)
-    tile = select(ROW_SUMS, hardware(dx.device).architecture, columns)
-    across = triton.cdiv(columns, tile.block)
+    partial = dx.new_empty((len(keys) // chunk, C), dtype=torch.float32)
+    tile = select(ROW_SUMS, hardware(dx.device).architecture, C)
+    across = triton.cdiv(C, tile.block)
     mask = (seed, int32_bits(stream), threshold_bits(p))
-    sizes = {"C": columns, "ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps}
+    sizes = {"C": C, "tile": tile, "num_warps": tile.warps}
     with on_device_of(dx):
         if len(partial):
             chunk_sums_kernel[(len(partial) * across,)](dx, keys, order, partial, *mask, chunk, **sizes)
         row_sums_kernel[(rows * across,)](
-            dx, order, offsets, partial, out, *mask, keep_scale(p), chunk, **sizes
+            dx, order, offsets, partial, dw, *mask, keep_scale(p), chunk, **sizes
         )
-    return out
+    return dw
 
 
 _row_sums = register(
@@ -127,7 +204,7 @@ def _gradients(ctx: Any, dx: Tensor | None) -> tuple[Tensor | None, ...]:
     mask = (ctx.p, seed, ctx.stream)
     dwte = dwpe = None
     if ctx.needs_input_grad[1]:
-        # 32 bits are half the passes of a radix sort; an id out of range stays that, whatever number it was
+        # 32 bits take half the passes of a radix sort. Clamping keeps an id out of range, whatever its value.
         keys, order = ids.flatten().clamp(-1, tokens).int().sort(stable=True)
         dwte = _row_sums(dx, keys, order, tokens, wte_dtype, *mask)
     if ctx.needs_input_grad[2]:
@@ -157,22 +234,23 @@ def embed(
     stream: int = 0,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Token plus position embedding, with dropout.
+    """Add token and position embeddings and apply dropout.
 
     Args:
         ids: (B, T) int32 or int64, each in [0, V).
         wte: (V, C) token table.
         wpe: (P, C) position table with P ≥ T; row t belongs to position t.
         dropout_p: probability of dropping an element, in [0, 1].
-        seed: int64, one element, on the ids' device; needed where dropout_p > 0.
-        stream: which of a step's dropouts this is.
+        seed: int64, one element, on the ids' device; required if dropout_p > 0.
+        stream: an integer that tells this dropout from others under the same seed.
         out_dtype: dtype of the result, wte's by default.
 
     Returns:
         (B, T, C) in out_dtype.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device, or an id out of range (named on a CPU).
+        TypeError, ValueError: unsupported dtype, shape, device or probability; an id out of range, on a CPU. On a GPU
+            such an id makes a row of NaN.
     """
     checks.integers("embed", ids=ids)
     checks.floating("embed", wte=wte, wpe=wpe)
@@ -186,7 +264,7 @@ def embed(
         )
     if ids.shape[1] > wpe.shape[0]:
         raise ValueError(f"embed: ids has {ids.shape[1]} positions but wpe only {wpe.shape[0]} rows")
-    checks.dropout("embed", dropout_p, seed, ids)
+    checks.dropout("embed", dropout_p, seed, ids, stream)
     out_dtype = out_dtype or wte.dtype
     if choose("embed", wte, wpe).backend == "triton":
         return _embed(ids, wte, wpe, dropout_p, seed if dropout_p > 0.0 else None, stream, out_dtype)

@@ -1,15 +1,15 @@
-"""A projection: the library's matmul under the operators' dtype rules.
+"""A linear projection: the library's matmul under the operators' dtype rules.
 
     forward   y = x Wᵀ + b
     backward  dx = dy W,   dW = dyᵀ x,   db = Σ rows of dy
 
-W is cast to x's dtype; dW is rounded once, from the float32 accumulator to the weight's own dtype. The bias is added
-and the gradients are summed where that needs no further pass over y: by the forward's matmul, and by one kernel that
-reads dy once (`column_sum.py`), M N s bytes for M rows of N elements of s bytes.
+W is cast to x's dtype. dW is rounded once, from the float32 accumulator to the weight's own dtype. The forward's matmul
+adds the bias. One kernel that reads dy once (`column_sum.py`) computes db: M N s bytes for M rows of N elements of s
+bytes.
 
-Saved: x and the cast weight, each only where a gradient needs it. Casting again in the backward would spare 2 bytes a
-weight between the passes and move 6 more for it: over the 48 matrices of GPT-2 124M's blocks 0.17 GB kept, which the
-backward gives back layer by layer, against 0.5 GB moved by 48 more launches. A checkpointed block keeps neither.
+Saved: x and the cast weight, each only where a gradient needs it. Casting again in the backward would save 2 bytes a
+weight between the passes and move 6 more: for the 48 matrices of GPT-2 124M's blocks, 0.17 GB kept, which the backward
+frees layer by layer, against 0.5 GB moved by 48 more launches. A checkpointed block keeps neither.
 """
 
 from typing import Any
@@ -26,16 +26,16 @@ from .column_sum import column_sum
 def _launch_backward(
     dy: Tensor, x: Tensor | None, cast: Tensor | None, weight_dtype: torch.dtype, by_column: bool, dbias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dweight and the float32 dbias, each of no element where it is not wanted: no `cast`, no x, or the flag."""
-    dx, dweight, sums = (dy.new_empty(0, dtype=dtype) for dtype in (dy.dtype, weight_dtype, torch.float32))
+    """dx (empty without `cast`), dweight (empty without x) and the float32 dbias (empty unless `dbias`)."""
+    dx, dweight, db = (dy.new_empty(0, dtype=dtype) for dtype in (dy.dtype, weight_dtype, torch.float32))
     rows = _matrix(dy).contiguous()
     if cast is not None:
         dx = (rows @ cast).view(*dy.shape[:-1], cast.shape[1])
     if x is not None:
         dweight = weight_gradient(rows, _matrix(x), weight_dtype, by_column)
     if dbias:
-        sums = column_sum(rows)
-    return dx, dweight, sums
+        db = column_sum(rows)
+    return dx, dweight, db
 
 
 def _fake_backward(
@@ -65,24 +65,24 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, weight, cast, bias = inputs
     ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
     ctx.by_column = matmul.by_column(weight)
-    wants_x, wants_weight, *_ = ctx.needs_input_grad
-    ctx.save_for_backward(x if wants_weight else None, cast if wants_x else None)
+    want_x, want_weight, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(x if want_weight else None, cast if want_x else None)
 
 
 def _gradients(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 4
-    wants_x, wants_weight, _, wants_bias = ctx.needs_input_grad
-    dx, dweight, sums = _backward(dy, *ctx.saved_tensors, ctx.weight_dtype, ctx.by_column, wants_bias)
+    want_x, want_weight, _, want_bias = ctx.needs_input_grad
+    dx, dweight, db = _backward(dy, *ctx.saved_tensors, ctx.weight_dtype, ctx.by_column, want_bias)
     return (
-        dx if wants_x else None,
-        dweight if wants_weight else None,
+        dx if want_x else None,
+        dweight if want_weight else None,
         None,
-        sums.to(ctx.bias_dtype) if wants_bias else None,
+        db.to(ctx.bias_dtype) if want_bias else None,
     )
 
 
-# cast: the weight in x's dtype, which carries no gradient; `weight` itself is read for its dtype and layout alone
+# cast: the weight in x's dtype, without gradient; `weight` itself is only read for its dtype and layout.
 _linear = register(
     "linear(Tensor x, Tensor weight, Tensor cast, Tensor? bias) -> Tensor",
     lambda x, weight, cast, bias: reference.linear(x, cast, bias),
@@ -93,18 +93,18 @@ _linear = register(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias.
+    """Apply a linear projection, x @ weight.T + bias.
 
     Args:
         x: (..., in) activations.
-        weight: (out, in), of any strides; cast to x's dtype.
+        weight: (out, in), any strides; cast to x's dtype.
         bias: (out,), optional.
 
     Returns:
         (..., out) in x's dtype; under autocast in autocast's.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device.
+        TypeError, ValueError: unsupported dtype, shape or device of an argument.
     """
     checks.floating("linear", x=x, weight=weight, bias=bias)
     if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:]:
@@ -113,7 +113,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     checks.shape("linear", "bias", bias, weight.shape[0])
     x = autocast(x)
-    # Without gradients either backend is the same call of the library, and decoding spares an operator's host time.
+    # Without gradients both backends are the same library call, which saves decoding an operator's host time.
     if choose("linear", x, weight, bias).backend == "triton" and torch.is_grad_enabled():
         return _linear(x, weight, weight.detach().to(x.dtype), bias)
     return reference.linear(x, weight, bias)

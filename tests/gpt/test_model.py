@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fusedgpt.gpt.config import PRESETS, ModelConfig, RunConfig, preset
 from fusedgpt.gpt.huggingface import to_transformers
 from fusedgpt.gpt.model import GPT
-from fusedgpt.kernels import dropout_mask, reference
+from fusedgpt.kernels import reference
 
 SMALL = {"vocab_size": 130, "context_length": 24, "n_layer": 2, "n_head": 3, "n_embd": 36}
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -235,21 +235,6 @@ def test_padded_vocabulary_rows_take_no_part() -> None:
     assert torch.equal(model(ids, ids), loss)
 
 
-def test_label_smoothing_and_z_loss_are_torchs_and_palms() -> None:
-    model = random_model().double()
-    ids = random_ids(2, 9)
-    targets = ids.roll(-1, 1)
-    targets[0, :3] = -100
-    loss = model(ids, targets, label_smoothing=0.1, z_loss=1e-2)
-    logits, counted = model(ids).flatten(0, 1), targets.flatten() != -100
-    plain = torch.nn.functional.cross_entropy(logits, targets.flatten())
-    smoothed = torch.nn.functional.cross_entropy(logits, targets.flatten(), label_smoothing=0.1)
-    z = logits.logsumexp(1)[counted].square().mean()
-    torch.testing.assert_close(loss, smoothed + 1e-2 * z)
-    torch.testing.assert_close(model(ids, targets), plain)
-    assert (loss - plain).abs() > 1e-2
-
-
 def test_a_sequence_that_is_too_long_is_named() -> None:
     with pytest.raises(ValueError, match="25 tokens do not fit a context of 24"):
         random_model()(random_ids(1, 25))
@@ -311,8 +296,8 @@ def test_every_dropout_of_a_step_has_a_stream_of_its_own(monkeypatch: pytest.Mon
 
         return call
 
-    for module, name in ((dropout_mask, "keep_mask"), (reference, "attention_keep_mask")):
-        monkeypatch.setattr(module, name, recording(getattr(module, name)))
+    for name in ("keep_mask", "attention_keep_mask"):
+        monkeypatch.setattr(reference, name, recording(getattr(reference, name)))
     backward(random_model(n_layer=3, **DROPOUTS), random_ids(1, 5))
     assert len(streams) == 1 + 3 * 3  # the embeddings, and in each block attention and two additions
     assert len(set(streams)) == len(streams)

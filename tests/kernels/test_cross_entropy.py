@@ -46,6 +46,24 @@ def test_padding_rows_stay_out_of_the_softmax_and_get_no_gradient(
     torch.testing.assert_close((dx, dweight), torch.autograd.grad(expected.sum(), (x, weight)))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(2, 3), (2, 1, 3), (2, 0), ()], ids=str)
+def test_any_leading_dimensions(device: str, shape: tuple[int, ...], reduction: str) -> None:
+    """A loss for each target in the targets' shape with "none", and strides that no view can flatten."""
+    generator = torch.Generator(device).manual_seed(3)
+    x = torch.randn(*shape[:-1], 6, *shape[-1:], generator=generator).requires_grad_()
+    weight = torch.randn(7, 6, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 7, (2, *shape), generator=generator).movedim(0, -1)[..., 1]
+    leading = x.movedim(len(shape) - 1, -1) if shape else x  # (*shape, 6)
+    loss = linear_cross_entropy(leading, weight, targets, reduction=reduction)
+    logits = (leading @ weight.T).reshape(-1, 7)
+    expected = F.cross_entropy(logits, targets.flatten(), reduction=reduction)
+    assert loss.shape == (shape if reduction == "none" else ())
+    torch.testing.assert_close(loss.flatten(), expected.flatten(), equal_nan=True)
+    gradients = [torch.autograd.grad(each.sum(), (x, weight)) for each in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("ignore_index", [-100, -1, 3, 99])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignored_targets(head: tuple[Tensor, Tensor, Tensor], reduction: str, ignore_index: int) -> None:

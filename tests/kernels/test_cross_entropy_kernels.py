@@ -155,7 +155,8 @@ def test_allocations_stay_within_the_budget(gradients: bool, monkeypatch: pytest
     x, weight = torch.zeros(rows, width, dtype=F16), torch.zeros(vocab, width)
     targets = torch.zeros(rows, dtype=torch.long)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        cross_entropy._chunks(x, weight, targets, None, None, vocab, -100, 0.0, 0.0, gradients, gradients)
+        options = cross_entropy.Options(vocab, -100, 0.0, 0.0)
+        cross_entropy._chunks(x, weight, targets, options, None, None, gradients, gradients)
     events = watched.profiler.kineto_results.events()
     live = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -256,9 +257,9 @@ def test_a_target_out_of_range_makes_nan_of_its_row_and_touches_no_other() -> No
     x, weight, targets = head(6, 20, 3, 6)
     x, weight = x.float(), weight.float()
     targets[:3] = torch.tensor([20, -1, 2**40])
-    options = (20, -100, 0.1, 1e-2, True, True)
-    loss, lse, dx, dweight = cross_entropy._chunks(x, weight, targets, None, None, *options)
-    again = cross_entropy._chunks(x, weight, targets, lse, None, *options)[2:]
+    options = cross_entropy.Options(20, -100, 0.1, 1e-2)
+    loss, lse, dx, dweight = cross_entropy._chunks(x, weight, targets, options, None, None, True, True)
+    again = cross_entropy._chunks(x, weight, targets, options, lse, None, True, True)[2:]
     assert all(t[:3].isnan().all() and t[3:].isfinite().all() for t in (loss, dx, again[0]))
     assert dweight[:20].isnan().all()
     assert dweight[20:].eq(0).all()

@@ -15,8 +15,7 @@ from torch import Tensor
 from fusedgpt.kernels import embed, use_backend
 from fusedgpt.kernels._triton import INTERPRETED
 from fusedgpt.kernels.dropout_mask import keep_mask, keep_scale
-from fusedgpt.kernels.ops.embedding import _row_sums
-from fusedgpt.kernels.ops.embedding_kernels import embed_kernel
+from fusedgpt.kernels.ops.embedding import _row_sums, embed_kernel
 
 from .tolerances import assert_no_less_exact
 

@@ -1,5 +1,6 @@
 """Wrong input: what is raised, and that the message names the operator, the argument and what it got."""
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -141,6 +142,37 @@ def test_a_probability_without_a_seed(operator: str) -> None:
 def test_seed(operator: str, seed: object) -> None:
     got = tuple(seed.shape) if isinstance(seed, Tensor) else "int"
     assert_refused(operator, {"seed": seed}, TypeError, "seed", got, "int64")
+
+
+PLAIN = [
+    (operator, name)
+    for operator in RIGHT
+    if not operator.endswith("attention")
+    for name in inspect.signature(getattr(kernels, operator)).parameters
+    if not isinstance(RIGHT[operator].get(name), Tensor)
+]
+
+
+@pytest.mark.parametrize(("operator", "name"), PLAIN)
+@pytest.mark.parametrize("elements", [1, 2])
+def test_a_tensor_in_the_place_of_a_plain_value_is_not_printed(
+    operator: str, name: str, elements: int
+) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(operator, **{name: torch.full((elements,), 0.625)})
+    argument = "probability" if name in ("p", "dropout_p") else name
+    assert re.match(rf"{operator}: {argument} is of type Tensor; it takes ", str(caught.value))
+    assert "0.625" not in str(caught.value)
+
+
+def test_the_choice_of_a_backend_prints_no_tensor() -> None:
+    tensor = torch.full((2,), 0.625)
+    with pytest.raises(ValueError, match=r"^use_backend: unknown backend of type Tensor; it is one of auto"):
+        kernels.use_backend(tensor).__enter__()
+    with pytest.raises(ValueError, match=r"^explain: unknown operator of type Tensor; it is one of embed"):
+        kernels.explain(tensor, tensor)
+    with pytest.raises(TypeError, match=r"^explain: x is 'cuda'; it takes a tensor"):
+        kernels.explain("embed", "cuda")
 
 
 def zeros(*shape: int) -> Tensor:

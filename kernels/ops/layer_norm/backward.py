@@ -1,259 +1,164 @@
-"""The Triton kernels of the LayerNorm family; `operator.py` has the formulas, the bytes they move and the launchers.
+"""The backward kernels of LayerNorm. `operator.py` has the formulas, the bytes they move and the launchers.
 
-Each exists twice: for rows that fit in a program's registers and, as `wide`, for rows that are taken in blocks.
-Pointers that may be None switch what depends on them off when a kernel is compiled. The number of rows is never
-specialised on, and offsets are 64 bits wide.
+One kernel keeps whole rows in registers; for wider rows one kernel takes rows in blocks and another sums the parameters'
+gradients. The number of rows is never specialised on, and offsets are 64 bits wide. Names are those of Triton's
+LayerNorm tutorial: wdy = weight · dy, c1 = mean(x_hat · wdy), c2 = mean(wdy), for rows of h.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
-from ...dropout_mask import column_keys, dropout_key, keep_elements, row_keys
-from ...tiles import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, Case, Tile, select
-from .forward import _parameter, forward_kernel, wide_forward_kernel
+from ...dropout_mask import dropout_key, keep_tile
+from .forward import load_float32, load_parameter
+
+
+class Incoming(NamedTuple):
+    """What a backward kernel reads. A pointer that is None compiles away what depends on it."""
+
+    dy: Any  # (rows, C) or None
+    dresidual_out: Any  # (rows, C) or None
+    h: Any  # (rows, C)
+    weight: Any  # (C,)
+    stats: Any  # (2, rows) float32: mean and rstd
+
+
+class Gradients(NamedTuple):
+    """What a backward kernel writes."""
+
+    dh: Any  # (rows, C)
+    dx: Any  # (rows, C), or None where it equals dh
+    sums: Any  # (programs, the number of `Wanted`, C) float32: each program's partial dweight, dbias, dx_bias
+
+
+class Wanted(NamedTuple):
+    """Which parameters' gradients to sum."""
+
+    dweight: bool
+    dbias: bool
+    dx_bias: bool
 
 
 @triton.jit
-def _store_gradients(dh, dx, grad, key, at, row, column, here, threshold, scale):
-    """Write the residual's gradient and, where it is another tensor, x's. Returns x's as float32."""
-    tl.store(dh + at, grad, mask=here)
+def _load_stats(stats, row, rows):
+    mean = tl.load(stats + row, mask=row < rows, other=0.0)[:, None]
+    rstd = tl.load(stats + rows + row, mask=row < rows, other=0.0)[:, None]
+    return mean, rstd
+
+
+@triton.jit
+def _store_gradients(out, dh, key, at, row, column, here, threshold, scale):
+    """Store dh and, where it is another tensor, dx. Returns dx as float32."""
+    tl.store(out.dh + at, dh, mask=here)
+    dx = dh
     if key is not None:
-        keep = keep_elements(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :], threshold)
-        grad = tl.where(keep, grad * scale, 0.0)
-    if dx is not None:
-        tl.store(dx + at, grad, mask=here)
-    return grad
+        dx = tl.where(keep_tile(key, row, column, threshold), dh * scale, 0.0)
+    if out.dx is not None:
+        tl.store(out.dx + at, dx, mask=here)
+    return dx
+
+
+@triton.jit
+def _store_sums(sums, program, dw, db, dx_bias, column, inside, C: tl.constexpr, wanted: tl.constexpr):
+    """Store one program's partial sums of the wanted gradients."""
+    sums += program.to(tl.int64) * ((wanted.dweight + wanted.dbias + wanted.dx_bias) * C) + column
+    if wanted.dweight:
+        tl.store(sums, dw, mask=inside)
+    if wanted.dbias:
+        tl.store(sums + wanted.dweight * C, db, mask=inside)
+    if wanted.dx_bias:
+        tl.store(sums + (wanted.dweight + wanted.dbias) * C, dx_bias, mask=inside)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
 def backward_kernel(
-    dy,
-    dresidual_out,
-    h,
-    weight,
-    stats,
-    dh,
-    dx,
-    sums,
-    seed,
-    stream,
-    threshold,
-    scale,
-    rows,
-    C: tl.constexpr,
-    DWEIGHT: tl.constexpr,
-    DBIAS: tl.constexpr,
-    DX_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    inp, out, seed, stream, threshold, scale, rows, C: tl.constexpr, wanted: tl.constexpr, tile: tl.constexpr
 ):
-    """Whole rows in registers, and with them the sums of the rows that this program has seen.
-
-    sums: (programs, DWEIGHT + DBIAS + DX_BIAS, C) float32.
-    """
-    column = tl.arange(0, BLOCK)
+    """Whole rows in registers, together with the partial sums over the rows this program has seen."""
+    column = tl.arange(0, tile.block)
     inside = column < C
-    w = _parameter(weight, column, inside)
+    w = load_parameter(inp.weight, column, inside)
     key = dropout_key(seed, stream)
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    dbias = tl.zeros((BLOCK,), tl.float32)
-    dx_bias = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    dw = tl.zeros_like(w)
+    db = tl.zeros_like(w)
+    dx_bias = tl.zeros_like(w)
+    for i in tl.range(tl.program_id(0), tl.cdiv(rows, tile.rows), tl.num_programs(0), num_stages=tile.stages):
+        row = i * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
         at = row[:, None] * C + column[None, :]
         here = (row < rows)[:, None] & inside[None, :]
-        grad = tl.zeros((ROWS, BLOCK), tl.float32)
-        if dresidual_out is not None:
-            grad = tl.load(dresidual_out + at, mask=here, other=0.0).to(tl.float32)
-        if dy is not None:
-            mean = tl.load(stats + row, mask=row < rows, other=0.0)[:, None]
-            rstd = tl.load(stats + rows + row, mask=row < rows, other=0.0)[:, None]
-            normal = (tl.load(h + at, mask=here, other=0.0).to(tl.float32) - mean) * rstd
-            slope = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
-            if DWEIGHT:
-                dweight += tl.sum(slope * normal, 0)
-            if DBIAS:
-                dbias += tl.sum(slope, 0)
-            slope *= w[None, :]
-            along = (tl.sum(slope * normal, 1) / C)[:, None]
-            grad += rstd * (slope - (tl.sum(slope, 1) / C)[:, None] - normal * along)
-        grad = _store_gradients(dh, dx, grad, key, at, row, column, here, threshold, scale)
-        if DX_BIAS:
-            dx_bias += tl.sum(grad, 0)
-    sums += tl.program_id(0).to(tl.int64) * ((DWEIGHT + DBIAS + DX_BIAS) * C) + column
-    if DWEIGHT:
-        tl.store(sums, dweight, mask=inside)
-    if DBIAS:
-        tl.store(sums + DWEIGHT * C, dbias, mask=inside)
-    if DX_BIAS:
-        tl.store(sums + (DWEIGHT + DBIAS) * C, dx_bias, mask=inside)
+        dh = tl.full((tile.rows, tile.block), 0.0, tl.float32)
+        if inp.dresidual_out is not None:
+            dh = load_float32(inp.dresidual_out, at, here)
+        if inp.dy is not None:
+            mean, rstd = _load_stats(inp.stats, row, rows)
+            x_hat = (load_float32(inp.h, at, here) - mean) * rstd
+            dy = load_float32(inp.dy, at, here)
+            if wanted.dweight:
+                dw += tl.sum(dy * x_hat, 0)
+            if wanted.dbias:
+                db += tl.sum(dy, 0)
+            wdy = dy * w[None, :]
+            c1 = (tl.sum(wdy * x_hat, 1) / C)[:, None]
+            c2 = (tl.sum(wdy, 1) / C)[:, None]
+            dh += rstd * (wdy - c2 - x_hat * c1)
+        dx = _store_gradients(out, dh, key, at, row, column, here, threshold, scale)
+        if wanted.dx_bias:
+            dx_bias += tl.sum(dx, 0)
+    _store_sums(out.sums, tl.program_id(0), dw, db, dx_bias, column, inside, C, wanted)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
-def wide_backward_kernel(
-    dy,
-    dresidual_out,
-    h,
-    weight,
-    stats,
-    dh,
-    dx,
-    seed,
-    stream,
-    threshold,
-    scale,
-    rows,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Rows in blocks: one pass for the two means, one for the gradients."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+def wide_backward_kernel(inp, out, seed, stream, threshold, scale, rows, C: tl.constexpr, tile: tl.constexpr):
+    """Rows in blocks: one pass for c1 and c2, one for the gradients."""
+    row = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
     key = dropout_key(seed, stream)
-    mean = tl.load(stats + row, mask=row < rows, other=0.0)[:, None]
-    rstd = tl.load(stats + rows + row, mask=row < rows, other=0.0)[:, None]
-    level = tl.zeros((ROWS,), tl.float32)
-    along = tl.zeros((ROWS,), tl.float32)
-    if dy is not None:
-        for start in range(0, C, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+    mean, rstd = _load_stats(inp.stats, row, rows)
+    c1 = tl.full((tile.rows,), 0.0, tl.float32)
+    c2 = tl.full((tile.rows,), 0.0, tl.float32)
+    if inp.dy is not None:
+        for start in range(0, C, tile.block):
+            column = start + tl.arange(0, tile.block)
             inside = column < C
             at = row[:, None] * C + column[None, :]
             here = (row < rows)[:, None] & inside[None, :]
-            slope = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
-            slope *= _parameter(weight, column, inside)[None, :]
-            level += tl.sum(slope, 1)
-            along += tl.sum(slope * (tl.load(h + at, mask=here, other=0.0).to(tl.float32) - mean) * rstd, 1)
-    for start in range(0, C, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+            wdy = load_float32(inp.dy, at, here) * load_parameter(inp.weight, column, inside)[None, :]
+            c2 += tl.sum(wdy, 1)
+            c1 += tl.sum(wdy * (load_float32(inp.h, at, here) - mean) * rstd, 1)
+    c1 /= C
+    c2 /= C
+    for start in range(0, C, tile.block):
+        column = start + tl.arange(0, tile.block)
         inside = column < C
         at = row[:, None] * C + column[None, :]
         here = (row < rows)[:, None] & inside[None, :]
-        grad = tl.zeros((ROWS, BLOCK), tl.float32)
-        if dresidual_out is not None:
-            grad = tl.load(dresidual_out + at, mask=here, other=0.0).to(tl.float32)
-        if dy is not None:
-            normal = (tl.load(h + at, mask=here, other=0.0).to(tl.float32) - mean) * rstd
-            slope = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
-            slope *= _parameter(weight, column, inside)[None, :]
-            grad += rstd * (slope - (level / C)[:, None] - normal * (along / C)[:, None])
-        _store_gradients(dh, dx, grad, key, at, row, column, here, threshold, scale)
+        dh = tl.full((tile.rows, tile.block), 0.0, tl.float32)
+        if inp.dresidual_out is not None:
+            dh = load_float32(inp.dresidual_out, at, here)
+        if inp.dy is not None:
+            x_hat = (load_float32(inp.h, at, here) - mean) * rstd
+            wdy = load_float32(inp.dy, at, here) * load_parameter(inp.weight, column, inside)[None, :]
+            dh += rstd * (wdy - c2[:, None] - x_hat * c1[:, None])
+        _store_gradients(out, dh, key, at, row, column, here, threshold, scale)
 
 
 @triton.jit(do_not_specialize=["rows"])
-def wide_sums_kernel(
-    dy,
-    h,
-    stats,
-    dx,
-    sums,
-    rows,
-    C: tl.constexpr,
-    DWEIGHT: tl.constexpr,
-    DBIAS: tl.constexpr,
-    DX_BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The parameters' gradients of wide rows: a program takes BLOCK columns of every num_programs(1)th tile of rows."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def wide_sums_kernel(inp, out, rows, C: tl.constexpr, wanted: tl.constexpr, tile: tl.constexpr):
+    """The parameters' gradients of wide rows: a program takes a block of columns of every num_programs(1)th tile."""
+    column = tl.program_id(0) * tile.block + tl.arange(0, tile.block)
     inside = column < C
-    dweight = tl.zeros((BLOCK,), tl.float32)
-    dbias = tl.zeros((BLOCK,), tl.float32)
-    dx_bias = tl.zeros((BLOCK,), tl.float32)
-    for tile in tl.range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    dw = tl.full((tile.block,), 0.0, tl.float32)
+    db = tl.full((tile.block,), 0.0, tl.float32)
+    dx_bias = tl.full((tile.block,), 0.0, tl.float32)
+    for i in tl.range(tl.program_id(1), tl.cdiv(rows, tile.rows), tl.num_programs(1)):
+        row = i * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
         at = row[:, None] * C + column[None, :]
         here = (row < rows)[:, None] & inside[None, :]
-        if dy is not None:
-            slope = tl.load(dy + at, mask=here, other=0.0).to(tl.float32)
-            if DWEIGHT:
-                mean = tl.load(stats + row, mask=row < rows, other=0.0)[:, None]
-                rstd = tl.load(stats + rows + row, mask=row < rows, other=0.0)[:, None]
-                normal = (tl.load(h + at, mask=here, other=0.0).to(tl.float32) - mean) * rstd
-                dweight += tl.sum(slope * normal, 0)
-            if DBIAS:
-                dbias += tl.sum(slope, 0)
-        if DX_BIAS:
-            dx_bias += tl.sum(tl.load(dx + at, mask=here, other=0.0).to(tl.float32), 0)
-    sums += tl.program_id(1).to(tl.int64) * ((DWEIGHT + DBIAS + DX_BIAS) * C) + column
-    if DWEIGHT:
-        tl.store(sums, dweight, mask=inside)
-    if DBIAS:
-        tl.store(sums + DWEIGHT * C, dbias, mask=inside)
-    if DX_BIAS:
-        tl.store(sums + (DWEIGHT + DBIAS) * C, dx_bias, mask=inside)
-
-
-GPT2_WIDTHS = (768, 1024, 1280, 1600)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row at its widest with all options on, and GPT-2's widths."""
-    cases = []
-    for table, build in ((LAYER_NORM_FORWARD, _forward_cases), (LAYER_NORM_BACKWARD, _backward_cases)):
-        rows = table.get(architecture, table["any"])
-        widest = [min(row.limit, 65536) for row in rows]
-        for columns in sorted({*widest, *GPT2_WIDTHS}):
-            cases += build(columns, select(table, architecture, columns), "bf16", True)
-        cases += build(768, select(table, architecture, 768), "bf16", False)
-        cases += build(768, select(table, architecture, 768), "fp32", True)
-    return cases
-
-
-_MASK = {"seed": "*i64", "stream": "i32", "threshold": "i32", "scale": "fp32"}
-
-
-def _forward_cases(columns: int, tile: Tile, dtype: str, add: bool) -> list[Case]:
-    wide = tile.block < columns
-    arguments: dict[str, Any] = {
-        "x": f"*{dtype}",
-        "x_bias": "*fp32" if add else None,
-        "residual": f"*{dtype}" if add else None,
-        "weight": "*fp32",
-        "bias": "*fp32",
-        "y": f"*{dtype}",
-        "residual_out": f"*{dtype}" if add else None,
-        "stats": "*fp32",
-        **_MASK,
-        "seed": "*i64" if add else None,
-        "eps": "fp32",
-        "rows": "i32",
-        "C": columns,
-        "ROWS": tile.rows,
-        "BLOCK": tile.block,
-        **({} if wide else {"STAGES": tile.stages}),
-    }
-    name = f"{'add_' if add else ''}layer_norm forward {dtype} C={columns}"
-    return [Case(name, wide_forward_kernel if wide else forward_kernel, arguments, tile)]
-
-
-def _backward_cases(columns: int, tile: Tile, dtype: str, add: bool) -> list[Case]:
-    wide = tile.block < columns
-    name = f"{'add_' if add else ''}layer_norm backward {dtype} C={columns}"
-    shared: dict[str, Any] = {
-        "dy": f"*{dtype}",
-        "h": f"*{dtype}",
-        "stats": "*fp32",
-        "dx": f"*{dtype}" if add else None,
-        "rows": "i32",
-        "C": columns,
-        "ROWS": tile.rows,
-        "BLOCK": tile.block,
-    }
-    gradients = {
-        **shared,
-        "dresidual_out": f"*{dtype}" if add else None,
-        "weight": "*fp32",
-        "dh": f"*{dtype}",
-        **_MASK,
-        "seed": "*i64" if add else None,
-    }
-    sums = {"sums": "*fp32", "DWEIGHT": True, "DBIAS": True, "DX_BIAS": add}
-    if not wide:
-        return [Case(name, backward_kernel, {**gradients, **sums, "STAGES": tile.stages}, tile)]
-    return [
-        Case(name, wide_backward_kernel, gradients, tile),
-        Case(f"{name} sums", wide_sums_kernel, {**shared, **sums}, tile),
-    ]
+        if inp.dy is not None:
+            dy = load_float32(inp.dy, at, here)
+            if wanted.dweight:
+                mean, rstd = _load_stats(inp.stats, row, rows)
+                dw += tl.sum(dy * ((load_float32(inp.h, at, here) - mean) * rstd), 0)
+            if wanted.dbias:
+                db += tl.sum(dy, 0)
+        if wanted.dx_bias:
+            dx_bias += tl.sum(load_float32(out.dh if out.dx is None else out.dx, at, here), 0)
+    _store_sums(out.sums, tl.program_id(1), dw, db, dx_bias, column, inside, C, wanted)

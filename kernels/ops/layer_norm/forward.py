@@ -1,134 +1,124 @@
-"""The forward kernels of the LayerNorm family; `operator.py` has the formulas, the bytes they move and the launchers."""
+"""The forward kernels of LayerNorm. `operator.py` has the formulas, the bytes they move and the launchers.
+
+One kernel keeps whole rows in registers, the other, `wide`, takes rows in blocks. The number of rows is never
+specialised on, and offsets are 64 bits wide.
+"""
+
+from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
-from ...dropout_mask import column_keys, dropout_key, keep_elements, row_keys
+from ...dropout_mask import dropout_key, keep_tile
+
+
+class Inputs(NamedTuple):
+    """What a forward kernel reads. A pointer that is None compiles away what depends on it."""
+
+    x: Any  # (rows, C)
+    x_bias: Any  # (C,) or None
+    residual: Any  # (rows, C), or None: LayerNorm of x itself
+    weight: Any  # (C,)
+    bias: Any  # (C,) or None
+
+
+class Outputs(NamedTuple):
+    """What a forward kernel writes."""
+
+    y: Any  # (rows, C)
+    residual_out: Any  # (rows, C), or None without a residual
+    stats: Any  # (2, rows) float32: mean and rstd, the reciprocal standard deviation
 
 
 @triton.jit
-def _add(x, x_bias, residual, key, at, row, column, here, threshold, scale):
-    """h of a tile as float32, rounded as residual_out will be. x_bias: its values; key: None without dropout."""
-    h = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-    if x_bias is not None:
-        h += x_bias[None, :]
-    if key is not None:
-        keep = keep_elements(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :], threshold)
-        h = tl.where(keep, h * scale, 0.0)
-    if residual is not None:
-        h += tl.load(residual + at, mask=here, other=0.0).to(tl.float32)
-        h = h.to(residual.dtype.element_ty).to(tl.float32)
-    return h
+def load_float32(pointer, at, here):
+    return tl.load(pointer + at, mask=here, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _parameter(pointer, column, inside):
-    """The values of a parameter as float32, or None where there is none."""
+def load_parameter(pointer, column, inside):
+    """A parameter's values as float32, None for a pointer that is None."""
     values = None
     if pointer is not None:
-        values = tl.load(pointer + column, mask=inside, other=0.0).to(tl.float32)
+        values = load_float32(pointer, column, inside)
     return values
 
 
+@triton.jit
+def _add(inp, x_bias, key, at, row, column, here, threshold, scale):
+    """h of a tile as float32, rounded to the residual's dtype. x_bias: loaded values; key: None without dropout."""
+    h = load_float32(inp.x, at, here)
+    if x_bias is not None:
+        h += x_bias[None, :]
+    if key is not None:
+        h = tl.where(keep_tile(key, row, column, threshold), h * scale, 0.0)
+    if inp.residual is not None:
+        h += load_float32(inp.residual, at, here)
+        h = h.to(inp.residual.dtype.element_ty).to(tl.float32)
+    return h
+
+
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
-def forward_kernel(
-    x,
-    x_bias,
-    residual,
-    weight,
-    bias,
-    y,
-    residual_out,
-    stats,
-    seed,
-    stream,
-    threshold,
-    scale,
-    eps,
-    rows,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Whole rows in registers, each read once; programs are persistent and keep the parameters."""
-    column = tl.arange(0, BLOCK)
+def forward_kernel(inp, out, seed, stream, threshold, scale, eps, rows, C: tl.constexpr, tile: tl.constexpr):
+    """Whole rows in registers, each read once. Programs are persistent and keep the parameters."""
+    column = tl.arange(0, tile.block)
     inside = column < C
-    w = _parameter(weight, column, inside)
-    b = _parameter(bias, column, inside)
-    xb = _parameter(x_bias, column, inside)
+    w = load_parameter(inp.weight, column, inside)
+    b = load_parameter(inp.bias, column, inside)
+    x_bias = load_parameter(inp.x_bias, column, inside)
     key = dropout_key(seed, stream)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    for i in tl.range(tl.program_id(0), tl.cdiv(rows, tile.rows), tl.num_programs(0), num_stages=tile.stages):
+        row = i * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
         at = row[:, None] * C + column[None, :]
         here = (row < rows)[:, None] & inside[None, :]
-        h = _add(x, xb, residual, key, at, row, column, here, threshold, scale)
-        if residual is not None:
-            tl.store(residual_out + at, h, mask=here)
+        h = _add(inp, x_bias, key, at, row, column, here, threshold, scale)
+        if inp.residual is not None:
+            tl.store(out.residual_out + at, h, mask=here)
         mean = tl.sum(h, 1) / C
         centered = tl.where(inside[None, :], h - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centered * centered, 1) / C + eps)
-        out = centered * rstd[:, None] * w[None, :]
+        y = centered * rstd[:, None] * w[None, :]
         if b is not None:
-            out += b[None, :]
-        tl.store(y + at, out, mask=here)
-        tl.store(stats + row, mean, mask=row < rows)
-        tl.store(stats + rows + row, rstd, mask=row < rows)
+            y += b[None, :]
+        tl.store(out.y + at, y, mask=here)
+        tl.store(out.stats + row, mean, mask=row < rows)
+        tl.store(out.stats + rows + row, rstd, mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
 def wide_forward_kernel(
-    x,
-    x_bias,
-    residual,
-    weight,
-    bias,
-    y,
-    residual_out,
-    stats,
-    seed,
-    stream,
-    threshold,
-    scale,
-    eps,
-    rows,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    inp, out, seed, stream, threshold, scale, eps, rows, C: tl.constexpr, tile: tl.constexpr
 ):
-    """Rows in blocks: the statistics of the blocks are merged (Chan, Golub and LeVeque, 1983), then h is read again."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    """Rows in blocks: merge the blocks' statistics (Chan, Golub and LeVeque, 1983), then read h again."""
+    row = tl.program_id(0) * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
     key = dropout_key(seed, stream)
-    mean = tl.zeros((ROWS,), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, C, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+    mean = tl.full((tile.rows,), 0.0, tl.float32)
+    m2 = tl.full((tile.rows,), 0.0, tl.float32)  # the sum of squared deviations from the mean
+    for start in range(0, C, tile.block):
+        column = start + tl.arange(0, tile.block)
         inside = column < C
         at = row[:, None] * C + column[None, :]
         here = (row < rows)[:, None] & inside[None, :]
-        xb = _parameter(x_bias, column, inside)
-        h = _add(x, xb, residual, key, at, row, column, here, threshold, scale)
-        if residual is not None:
-            tl.store(residual_out + at, h, mask=here)
-        count = tl.minimum(C - start, BLOCK).to(tl.float32)
+        x_bias = load_parameter(inp.x_bias, column, inside)
+        h = _add(inp, x_bias, key, at, row, column, here, threshold, scale)
+        if inp.residual is not None:
+            tl.store(out.residual_out + at, h, mask=here)
+        count = tl.minimum(C - start, tile.block).to(tl.float32)
         block_mean = tl.sum(tl.where(inside[None, :], h, 0.0), 1) / count
         centered = tl.where(inside[None, :], h - block_mean[:, None], 0.0)
         delta = block_mean - mean
-        share = count / (start + count)
-        squares += tl.sum(centered * centered, 1) + delta * delta * (start * share)
-        mean += delta * share
-    rstd = tl.rsqrt(squares / C + eps)
-    tl.store(stats + row, mean, mask=row < rows)
-    tl.store(stats + rows + row, rstd, mask=row < rows)
-    tl.debug_barrier()  # what other threads of this program wrote to residual_out is read below
-    for start in range(0, C, BLOCK):
-        column = start + tl.arange(0, BLOCK)
+        weight = count / (start + count)
+        m2 += tl.sum(centered * centered, 1) + delta * delta * (start * weight)
+        mean += delta * weight
+    rstd = tl.rsqrt(m2 / C + eps)
+    tl.store(out.stats + row, mean, mask=row < rows)
+    tl.store(out.stats + rows + row, rstd, mask=row < rows)
+    tl.debug_barrier()  # other threads of this program wrote the residual_out that is read below
+    for start in range(0, C, tile.block):
+        column = start + tl.arange(0, tile.block)
         inside = column < C
         at = row[:, None] * C + column[None, :]
         here = (row < rows)[:, None] & inside[None, :]
-        if residual is not None:
-            h = tl.load(residual_out + at, mask=here, other=0.0).to(tl.float32)
-        else:
-            h = tl.load(x + at, mask=here, other=0.0).to(tl.float32)
-        out = (h - mean[:, None]) * rstd[:, None] * _parameter(weight, column, inside)[None, :]
-        if bias is not None:
-            out += _parameter(bias, column, inside)[None, :]
-        tl.store(y + at, out, mask=here)
+        h = load_float32(inp.x if inp.residual is None else out.residual_out, at, here)
+        y = (h - mean[:, None]) * rstd[:, None] * load_parameter(inp.weight, column, inside)[None, :]
+        if inp.bias is not None:
+            y += load_parameter(inp.bias, column, inside)[None, :]
+        tl.store(out.y + at, y, mask=here)

@@ -3,13 +3,13 @@
     forward   h = residual + dropout(x + x_bias)          (layer_norm alone: h = x)
               μ = mean(h),  r = 1 / √(mean((h − μ)²) + eps)
               y = (h − μ) r · weight + bias
-    backward  ĥ = (h − μ) r,  g = dy · weight
-              dh = r (g − mean(g) − ĥ mean(g ĥ)) + dresidual_out
+    backward  x̂ = (h − μ) r,  wdy = weight · dy,  c1 = mean(x̂ wdy),  c2 = mean(wdy)
+              dh = r (wdy − c2 − x̂ c1) + dresidual_out
               dresidual = dh,  dx = dropout'(dh),  dx_bias = Σ rows of dx
-              dweight = Σ rows of dy ĥ,  dbias = Σ rows of dy
+              dweight = Σ rows of dy x̂,  dbias = Σ rows of dy
 
-Statistics are in float32 over the last dimension, with the biased variance. Saved: h (which is residual_out), the
-weight, and μ and r, one float32 each a row.
+Statistics are float32, over the last dimension, with the biased variance. Saved: h (which is residual_out), the weight,
+and μ and r, one float32 each per row.
 
 Bytes moved for M rows of C elements of s bytes, beside 8 M of statistics and the parameters:
 
@@ -17,9 +17,9 @@ Bytes moved for M rows of C elements of s bytes, beside 8 M of statistics and th
     add_layer_norm   forward 4 M C s: x and residual in,     backward 4 M C s: dy, dresidual_out and h in, dh out;
                      residual_out and y out                  5 with dropout or a residual of another dtype: dx out
 
-A row that fits in a program's registers is read once. Wider rows go block by block and are read twice (the second
+A row that fits in a program's registers is read once. Wider rows are processed in blocks and read twice (the second
 time from the cache), and once more for the parameters' gradients. These are summed without atomics: every program
-keeps the sums of its rows in float32 and writes one partial row, and PyTorch adds those up in a fixed order.
+accumulates its rows in float32 and writes one partial row, and PyTorch adds those up in a fixed order.
 """
 
 from typing import Any
@@ -32,8 +32,8 @@ from ..._triton import on_device_of, triton
 from ...backend import autocast, choose, register
 from ...dropout_mask import int32_bits, keep_scale, threshold_bits
 from ...tiles import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, Tile, hardware, select
-from .backward import backward_kernel, wide_backward_kernel, wide_sums_kernel
-from .forward import forward_kernel, wide_forward_kernel
+from .backward import Gradients, Incoming, Wanted, backward_kernel, wide_backward_kernel, wide_sums_kernel
+from .forward import Inputs, Outputs, forward_kernel, wide_forward_kernel
 
 
 def _launch_forward(
@@ -59,31 +59,12 @@ def _launch_forward(
         return y, residual_out, stats
     where = hardware(x.device)
     tile = select(LAYER_NORM_FORWARD, where.architecture, columns)
-    kernel, stages = (
-        (wide_forward_kernel, {}) if tile.block < columns else (forward_kernel, {"STAGES": tile.stages})
-    )
+    kernel = forward_kernel if tile.block >= columns else wide_forward_kernel
+    programs = _programs(tile, rows, where.multiprocessors)
+    inp, out = Inputs(x, x_bias, residual, weight, bias), Outputs(y, residual_out, stats)
+    mask = (seed, int32_bits(stream), threshold_bits(p), keep_scale(p))
     with on_device_of(x):
-        kernel[(_programs(tile, rows, where.multiprocessors),)](
-            x,
-            x_bias,
-            residual,
-            weight,
-            bias,
-            y,
-            residual_out,
-            stats,
-            seed,
-            int32_bits(stream),
-            threshold_bits(p),
-            keep_scale(p),
-            eps,
-            rows,
-            C=columns,
-            ROWS=tile.rows,
-            BLOCK=tile.block,
-            num_warps=tile.warps,
-            **stages,
-        )
+        kernel[(programs,)](inp, out, *mask, eps, rows, C=columns, tile=tile, num_warps=tile.warps)
     return y, residual_out, stats
 
 
@@ -106,51 +87,31 @@ def _launch_backward(
     dbias: bool,
     dx_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns dh, dx (of no element where it would equal dh) and the sums (dweight + dbias + dx_bias, C) float32."""
+    """Returns dh, dx (empty when identical to dh) and the sums (dweight + dbias + dx_bias, C) float32."""
     columns = h.shape[-1]
     rows = h.numel() // columns
     dy, dresidual_out = (t if t is None else t.contiguous() for t in (dy, dresidual_out))
     h, weight = h.contiguous(), weight.contiguous()
     dh = torch.empty_like(h)
     dx = torch.empty_like(h, dtype=x_dtype) if p > 0.0 or x_dtype != h.dtype else None
-    parameters = dweight + dbias + dx_bias
+    wanted = Wanted(dweight, dbias, dx_bias)
     where = hardware(h.device)
     tile = select(LAYER_NORM_BACKWARD, where.architecture, columns)
+    whole = tile.block >= columns
     programs = _programs(tile, rows, where.multiprocessors)
+    blocks = triton.cdiv(columns, tile.block)
+    splits = programs if whole else min(triton.cdiv(4 * where.multiprocessors, blocks), programs)
+    partial = h.new_empty((splits, sum(wanted), columns), dtype=torch.float32)
+    inp, out = Incoming(dy, dresidual_out, h, weight, stats), Gradients(dh, dx, partial)
     mask = (seed, int32_bits(stream), threshold_bits(p), keep_scale(p))
-    flags = {"C": columns, "DWEIGHT": dweight, "DBIAS": dbias, "DX_BIAS": dx_bias}
-    sizes = {"ROWS": tile.rows, "BLOCK": tile.block, "num_warps": tile.warps}
+    sizes = {"C": columns, "tile": tile, "num_warps": tile.warps}
     with on_device_of(h):
-        if tile.block >= columns:
-            partial = h.new_empty((programs, parameters, columns), dtype=torch.float32)
-            if rows:
-                backward_kernel[(programs,)](
-                    dy,
-                    dresidual_out,
-                    h,
-                    weight,
-                    stats,
-                    dh,
-                    dx,
-                    partial,
-                    *mask,
-                    rows,
-                    **flags,
-                    **sizes,
-                    STAGES=tile.stages,
-                )
-        else:
-            blocks = triton.cdiv(columns, tile.block)
-            splits = min(triton.cdiv(4 * where.multiprocessors, blocks), programs)
-            partial = h.new_empty((splits, parameters, columns), dtype=torch.float32)
-            if rows:
-                wide_backward_kernel[(programs,)](
-                    dy, dresidual_out, h, weight, stats, dh, dx, *mask, rows, C=columns, **sizes
-                )
-            if rows and parameters:
-                wide_sums_kernel[(blocks, splits)](
-                    dy, h, stats, dh if dx is None else dx, partial, rows, **flags, **sizes
-                )
+        if rows and whole:
+            backward_kernel[(programs,)](inp, out, *mask, rows, wanted=wanted, **sizes)
+        elif rows:
+            wide_backward_kernel[(programs,)](inp, out._replace(sums=None), *mask, rows, **sizes)
+            if any(wanted):
+                wide_sums_kernel[(blocks, splits)](inp, out, rows, wanted=wanted, **sizes)
     return dh, h.new_empty(0, dtype=x_dtype) if dx is None else dx, partial.sum(0)
 
 
@@ -190,7 +151,7 @@ def _layer_norm_backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor |
 
 
 def _split(sums: Tensor, wanted: tuple[bool, ...], dtypes: tuple) -> list[Tensor | None]:
-    """The parameters' gradients out of the sums, each in its parameter's dtype; None where it was not wanted."""
+    """The parameters' gradients from the sums, each in its parameter's dtype, None where not wanted."""
     each = iter(sums)
     return [next(each).to(dtype) if want else None for want, dtype in zip(wanted, dtypes, strict=True)]
 
@@ -227,7 +188,7 @@ def _add_layer_norm_backward(
     dh, dx, sums = _backward(
         dy, dresidual_out, h, weight, stats, ctx.p, seed, ctx.stream, ctx.dtypes[0], *wanted
     )
-    # An operator may not return one tensor twice, an autograd formula may: without dropout both gradients are dh.
+    # An operator may not return one tensor twice, but an autograd formula may: without dropout both gradients are dh.
     dx = dx if ctx.p > 0.0 or ctx.dtypes[0] != h.dtype else dh
     return dx, dh, *_split(sums, wanted, ctx.dtypes[1:]), None, None, None, None
 
@@ -249,23 +210,24 @@ def layer_norm(
     eps: float = 1e-5,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LayerNorm over the last dimension.
+    """Apply LayerNorm over the last dimension (Ba, Kiros and Hinton, 2016).
 
     Args:
         x: (..., C).
         weight: (C,).
         bias: (C,), optional.
         eps: added to the variance.
-        out_dtype: dtype of the result, by default x's, or autocast's where autocast is on.
+        out_dtype: dtype of the result; by default x's, or autocast's where autocast is enabled.
 
     Returns:
         (..., C) in out_dtype.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device.
+        TypeError, ValueError: unsupported dtype, shape or device of an argument.
     """
     checks.floating("layer_norm", x=x, weight=weight, bias=bias)
     checks.out_dtype("layer_norm", out_dtype)
+    checks.numbers("layer_norm", float, eps=eps)
     _check_width("layer_norm", x, weight=weight, bias=bias)
     out_dtype = out_dtype or autocast(x.new_empty(0)).dtype
     if choose("layer_norm", x, weight, bias).backend == "triton":
@@ -284,29 +246,31 @@ def add_layer_norm(
     stream: int = 0,
     x_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The end of one sub-layer and the start of the next: add to the residual stream, then normalise it.
+    """Add a sub-layer's output to the residual stream, with dropout, and apply LayerNorm to the sum.
 
     Args:
         x: (..., C), the sub-layer's output.
-        residual: (..., C), the residual stream; may be float32 beside a lower-precision x.
-        weight, bias: (C,), of the LayerNorm; bias optional.
+        residual: (..., C), the residual stream; may be float32 with x of lower precision.
+        weight: (C,), of the LayerNorm.
+        bias: (C,), of the LayerNorm, optional.
         eps: added to the variance.
         dropout_p: probability of dropping an element of x + x_bias, in [0, 1].
-        seed: int64, one element, on x's device; needed where dropout_p > 0.
-        stream: which of a step's dropouts this is.
-        x_bias: (C,), optional: the bias of the projection that made x.
+        seed: int64, one element, on x's device; required if dropout_p > 0.
+        stream: an integer that tells this dropout from others under the same seed.
+        x_bias: (C,), optional: the bias of the projection that computed x.
 
     Returns:
         y: (..., C), the normalised stream in x's dtype (under autocast in autocast's).
         residual_out: (..., C), the new residual stream in the residual's dtype.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device, or the probability.
+        TypeError, ValueError: unsupported dtype, shape, device or probability.
     """
     checks.floating("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias, x_bias=x_bias)
     checks.shape("add_layer_norm", "residual", residual, *x.shape)
     _check_width("add_layer_norm", x, weight=weight, bias=bias, x_bias=x_bias)
-    checks.dropout("add_layer_norm", dropout_p, seed, x)
+    checks.numbers("add_layer_norm", float, eps=eps)
+    checks.dropout("add_layer_norm", dropout_p, seed, x, stream)
     x = autocast(x)
     if choose("add_layer_norm", x, residual, weight, bias, x_bias).backend == "triton":
         seed = seed if dropout_p > 0.0 else None

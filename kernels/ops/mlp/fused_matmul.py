@@ -1,92 +1,77 @@
-"""GELU within matmuls of our own: the up-projection, and the gradient that the down-projection hands back.
+"""Matmuls with GELU in their epilogue: the up-projection, and the gradient that the down-projection hands back.
 
-Persistent programs; tiles come and go by tensor descriptors, which fill and clip what hangs over an edge. What the
-passes of `gelu.py` do is here the last step of a tile, on the accumulator. A lone program of a multiprocessor
-fetches its next tile during that step (FLAT); where two share one, each works during the other's.
+Persistent programs load and store tiles through tensor descriptors, which fill and clip what reaches over an edge. The
+passes of `gelu.py` become the epilogue, on the accumulator. If a multiprocessor runs one program, that program fetches
+its next tile during the epilogue (`flatten`); if it runs two, each works during the other's.
 
-The last step takes two instructions of the special-function unit (MUFU) an element, and with the loop that feeds it 14
+The epilogue takes two instructions of the special-function unit (MUFU) per element, and with the loop that feeds it 14
 to 17 instructions up and 29 to 35 down, on sm_90 with Triton 3.6 and 3.9.
 
-Descriptors are read by a unit of Hopper and later GPUs. Compiled for older ones the same kernels spill: those GPUs have
-the library's matmuls only.
+Hopper and later GPUs read descriptors in hardware. Compiled for older ones the same kernels spill: those GPUs use the
+library's matmuls only.
 """
 
-from typing import Any
-
 from ..._triton import tl, triton
-from ...tiles import MLP_DOWN_GRADIENT_TILES, MLP_UP_TILES, Case, MatmulTile
-from .gelu import bias_of, gelu_and_slope
+from .gelu import gelu_and_grad, load_bias
 
 
 @triton.jit
-def _halves(tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
+def _halves(acc, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of an accumulator's columns."""
+    return tl.split(tl.permute(tl.reshape(acc, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
-def _finish_up(total, bias, pre, a, row, column, F: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr):
+def _up_epilogue(acc, bias, pre, a, row, column, F: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr):
     """Store WIDTH columns of the pre-activation, without its bias, and of the activation."""
     if pre is not None:
-        pre.store([row, column], total.to(pre.dtype))
-    value, _ = gelu_and_slope(total + bias_of(bias, column + tl.arange(0, WIDTH), F), EXACT)
+        pre.store([row, column], acc.to(pre.dtype))
+    value, _ = gelu_and_grad(acc + load_bias(bias, column + tl.arange(0, WIDTH), F), EXACT)
     a.store([row, column], value.to(a.dtype))
 
 
 @triton.jit(do_not_specialize=["rows"])
 def up_kernel(
-    x,
-    w,
-    bias,
-    pre,
-    a,
-    rows,
-    C: tl.constexpr,
-    F: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-    FLAT: tl.constexpr,
+    x, w, bias, pre, a, rows, C: tl.constexpr, F: tl.constexpr, EXACT: tl.constexpr, tile: tl.constexpr
 ):
     """pre = x wᵀ and a = GELU(pre + bias): x (rows, C), w (F, C). Programs are persistent; pre may be None.
 
-    Neighbours share rows of x, and w stays in the cache. The last step goes in SPLIT pieces: registers do not hold more.
+    Neighbouring programs share rows of x, and w stays in the cache. The epilogue runs in tile.split pieces, because
+    registers hold no more.
     """
-    PIECE: tl.constexpr = BLOCK // SPLIT
-    across = tl.cdiv(F, BLOCK)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS) * across, tl.num_programs(0), flatten=FLAT):
-        row = tile // across * ROWS
-        column = tile % across * BLOCK
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for k in tl.range(0, C, DEPTH, num_stages=STAGES):
-            total = tl.dot(x.load([row, k]), w.load([column, k]).T, total, input_precision="ieee")
-        if SPLIT == 1:
-            _finish_up(total, bias, pre, a, row, column, F, EXACT, PIECE)
+    WIDTH: tl.constexpr = tile.block // tile.split
+    across = tl.cdiv(F, tile.block)
+    tiles = tl.cdiv(rows, tile.rows) * across
+    for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=tile.programs == 1):
+        row = i // across * tile.rows
+        column = i % across * tile.block
+        acc = tl.full((tile.rows, tile.block), 0.0, tl.float32)
+        for k in tl.range(0, C, tile.depth, num_stages=tile.stages):
+            acc = tl.dot(x.load([row, k]), w.load([column, k]).T, acc, input_precision="ieee")
+        if tile.split == 1:
+            _up_epilogue(acc, bias, pre, a, row, column, F, EXACT, WIDTH)
         else:
-            left, right = _halves(total, ROWS, BLOCK)
-            _finish_up(left, bias, pre, a, row, column, F, EXACT, PIECE)
-            _finish_up(right, bias, pre, a, row, column + PIECE, F, EXACT, PIECE)
+            left, right = _halves(acc, tile.rows, tile.block)
+            _up_epilogue(left, bias, pre, a, row, column, F, EXACT, WIDTH)
+            _up_epilogue(right, bias, pre, a, row, column + WIDTH, F, EXACT, WIDTH)
 
 
 @triton.jit
-def _finish_gradient(
-    total, pre, bias, a, dpre, sums, row, column, F: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr
+def _gradient_epilogue(
+    acc, pre, bias, a, dpre, db, row, column, F: tl.constexpr, EXACT: tl.constexpr, WIDTH: tl.constexpr
 ):
     """Store WIDTH columns of dpre, of the activation and of the sum of dpre's rows."""
     columns = column + tl.arange(0, WIDTH)
-    # in the layout of `total`: left to itself, the compiler evaluates GELU in two, twice the instructions. Where total
-    # is not finite, a is lost with all the gradients.
-    before = pre.load([row, column]).to(tl.float32) + bias_of(bias, columns, F) + 0.0 * total
-    value, slope = gelu_and_slope(before, EXACT)
-    total *= slope
-    dpre.store([row, column], total.to(dpre.dtype))
+    # `0.0 * acc` puts this into acc's layout. Without it the compiler evaluates GELU in two layouts, twice the
+    # instructions. Where acc is not finite, a is lost, as are all the gradients.
+    before = pre.load([row, column]).to(tl.float32) + load_bias(bias, columns, F) + 0.0 * acc
+    value, grad = gelu_and_grad(before, EXACT)
+    acc *= grad
+    dpre.store([row, column], acc.to(dpre.dtype))
     if a is not None:
         a.store([row, column], value.to(a.dtype))
-    if sums is not None:
-        tl.store(sums + columns, tl.sum(total, 0), mask=columns < F)
+    if db is not None:
+        tl.store(db + columns, tl.sum(acc, 0), mask=columns < F)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -97,92 +82,40 @@ def down_gradient_kernel(
     bias,
     a,
     dpre,
-    sums,
+    db,
     rows,
     C: tl.constexpr,
     F: tl.constexpr,
     EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    DEPTH: tl.constexpr,
-    SPLIT: tl.constexpr,
-    STAGES: tl.constexpr,
-    FLAT: tl.constexpr,
+    tile: tl.constexpr,
 ):
     """dpre = (dy w) · GELU'(pre + bias) and a = GELU(pre + bias): dy (rows, C), w (C, F). Programs are persistent.
 
-    sums: (tiles of rows, F) float32, each tile's sum of dpre's rows. a and sums may be None; a may be pre.
+    db: (tiles of rows, F) float32, each tile's sum of dpre's rows. a and db may be None; a may be pre.
     """
-    PIECE: tl.constexpr = BLOCK // SPLIT
-    across = tl.cdiv(F, BLOCK)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS) * across, tl.num_programs(0), flatten=FLAT):
-        row = tile // across * ROWS
-        column = tile % across * BLOCK
-        total = tl.zeros((ROWS, BLOCK), tl.float32)
-        for k in tl.range(0, C, DEPTH, num_stages=STAGES):
-            total = tl.dot(dy.load([row, k]), w.load([k, column]), total, input_precision="ieee")
-        part = sums
-        if sums is not None:
-            part = sums + (tile // across).to(tl.int64) * F
-        if SPLIT == 1:
-            _finish_gradient(total, pre, bias, a, dpre, part, row, column, F, EXACT, PIECE)
+    WIDTH: tl.constexpr = tile.block // tile.split
+    across = tl.cdiv(F, tile.block)
+    tiles = tl.cdiv(rows, tile.rows) * across
+    for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=tile.programs == 1):
+        row = i // across * tile.rows
+        column = i % across * tile.block
+        acc = tl.full((tile.rows, tile.block), 0.0, tl.float32)
+        for k in tl.range(0, C, tile.depth, num_stages=tile.stages):
+            acc = tl.dot(dy.load([row, k]), w.load([k, column]), acc, input_precision="ieee")
+        part = db
+        if db is not None:
+            part = db + (i // across).to(tl.int64) * F
+        if tile.split == 1:
+            _gradient_epilogue(acc, pre, bias, a, dpre, part, row, column, F, EXACT, WIDTH)
         else:
-            left, right = _halves(total, ROWS, BLOCK)
-            if SPLIT == 2:
-                _finish_gradient(left, pre, bias, a, dpre, part, row, column, F, EXACT, PIECE)
-                _finish_gradient(right, pre, bias, a, dpre, part, row, column + PIECE, F, EXACT, PIECE)
+            left, right = _halves(acc, tile.rows, tile.block)
+            if tile.split == 2:
+                _gradient_epilogue(left, pre, bias, a, dpre, part, row, column, F, EXACT, WIDTH)
+                _gradient_epilogue(right, pre, bias, a, dpre, part, row, column + WIDTH, F, EXACT, WIDTH)
             else:
-                first, second = _halves(left, ROWS, BLOCK // 2)
-                third, fourth = _halves(right, ROWS, BLOCK // 2)
-                _finish_gradient(first, pre, bias, a, dpre, part, row, column, F, EXACT, PIECE)
-                _finish_gradient(second, pre, bias, a, dpre, part, row, column + PIECE, F, EXACT, PIECE)
-                _finish_gradient(third, pre, bias, a, dpre, part, row, column + 2 * PIECE, F, EXACT, PIECE)
-                _finish_gradient(fourth, pre, bias, a, dpre, part, row, column + 3 * PIECE, F, EXACT, PIECE)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every tile that a sweep tries, with all options on; the exact GELU where it is tightest."""
-    cases = []
-    for table, build in ((MLP_UP_TILES, _up_case), (MLP_DOWN_GRADIENT_TILES, _down_gradient_case)):
-        tiles = table.get(architecture, ())
-        cases += [build(tile, False) for tile in tiles]
-    return cases + [_down_gradient_case(tile, True) for tile in tiles[:1]]
-
-
-def _up_case(tile: MatmulTile, exact: bool) -> Case:
-    operands = {"x": (tile.rows, tile.depth), "w": (tile.block, tile.depth)}
-    return _case("up", up_kernel, tile, exact, operands, ("pre", "a"), {"bias": "*fp32"})
-
-
-def _down_gradient_case(tile: MatmulTile, exact: bool) -> Case:
-    operands = {"dy": (tile.rows, tile.depth), "w": (tile.depth, tile.block)}
-    pointers = {"bias": "*fp32", "sums": "*fp32"}
-    return _case("down gradient", down_gradient_kernel, tile, exact, operands, ("pre", "a", "dpre"), pointers)
-
-
-def _case(
-    name: str,
-    kernel: Any,
-    tile: MatmulTile,
-    exact: bool,
-    operands: dict[str, tuple[int, int]],
-    results: tuple[str, ...],
-    pointers: dict[str, str],
-) -> Case:
-    shapes = operands | dict.fromkeys(results, (tile.rows, tile.block // tile.split))
-    descriptors = {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in shapes.items()}
-    sizes = {"rows": "i32", "C": 768, "F": 3072, "EXACT": exact, **constants(tile)}
-    title = f"mlp {name} bf16 {tile.rows} x {tile.block}{' exact' if exact else ''}"
-    return Case(title, kernel, {**descriptors, **pointers, **sizes}, tile)
-
-
-def constants(tile: MatmulTile) -> dict[str, Any]:
-    """What a tile is to its kernel."""
-    return {
-        "ROWS": tile.rows,
-        "BLOCK": tile.block,
-        "DEPTH": tile.depth,
-        "SPLIT": tile.split,
-        "STAGES": tile.stages,
-        "FLAT": tile.programs == 1,
-    }
+                first, second = _halves(left, tile.rows, tile.block // 2)
+                third, fourth = _halves(right, tile.rows, tile.block // 2)
+                _gradient_epilogue(first, pre, bias, a, dpre, part, row, column, F, EXACT, WIDTH)
+                _gradient_epilogue(second, pre, bias, a, dpre, part, row, column + WIDTH, F, EXACT, WIDTH)
+                _gradient_epilogue(third, pre, bias, a, dpre, part, row, column + 2 * WIDTH, F, EXACT, WIDTH)
+                _gradient_epilogue(fourth, pre, bias, a, dpre, part, row, column + 3 * WIDTH, F, EXACT, WIDTH)

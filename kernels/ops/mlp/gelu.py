@@ -1,20 +1,19 @@
-"""GELU beside the library's matmuls: a pass that makes the activation, and one that makes the pre-activation's gradient.
+"""Elementwise GELU kernels, run between the library's matmuls: the activation, and the pre-activation's gradient.
 
 `operator.py` has the formulas, the bytes they move and the launchers.
 
-One exponential and one reciprocal root an element serve value and slope: two instructions of the special-function
-unit (MUFU) in the tanh form, forward and backward. `tanh.approx` would be one, but errs by 2⁻¹¹: at -3 that is a fifth
-of GELU's value, and it is not to be had in the interpreter or on AMD. The exact form takes one in the forward, inside erf,
-and two in the backward. Instructions an element over the whole kernel on sm_90, in bfloat16: 15 and 36, exact 38 and 58.
+One exponential and one reciprocal square root per element give both GELU and its derivative: two instructions of the
+special-function unit (MUFU) in the tanh form, forward and backward. `tanh.approx` would be one, but errs by 2⁻¹¹, which
+at -3 is a fifth of GELU's value, and neither the interpreter nor AMD has it. The exact form takes one in the forward,
+inside erf, and two in the backward. Instructions per element of the whole kernel on sm_90, in bfloat16: 15 and 36, exact
+38 and 58.
 """
 
 import math
-from typing import Any
 
 from ..._triton import tl, triton
-from ...tiles import GELU_BACKWARD, GELU_FORWARD, Case, select
 
-# of 2u = 2 √(2/π) (x + 0.044715 x³) = x (c1 + c3 x²), the second pair in units of log2
+# 2u = 2 √(2/π) (x + 0.044715 x³) = x (C1 + C3 x²); the second pair gives -2u · log2(e)
 _C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _C3 = tl.constexpr(0.044715 * 2 * math.sqrt(2 / math.pi))
 _LOG2_C1 = tl.constexpr(-2 * math.sqrt(2 / math.pi) * math.log2(math.e))
@@ -26,26 +25,26 @@ _DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))  # of the normal distributio
 
 
 @triton.jit
-def gelu_and_slope(x, EXACT: tl.constexpr):
-    """GELU and its slope, of float32 x. A caller that uses one of them pays for one."""
+def gelu_and_grad(x, EXACT: tl.constexpr):
+    """GELU and its derivative for float32 x. The compiler drops the one that the caller does not use."""
     square = x * x
     if EXACT:
-        share = 0.5 + 0.5 * tl.erf(x * _SQRT_HALF)
-        slope = share + x * (_DENSITY * tl.exp2(square * _HALF_LOG2E))
+        cdf = 0.5 + 0.5 * tl.erf(x * _SQRT_HALF)
+        grad = cdf + x * (_DENSITY * tl.exp2(square * _HALF_LOG2E))
     else:  # 0.5 (1 + tanh u) = 1 / (1 + exp(-2u))
-        power = tl.exp2(x * (_LOG2_C1 + _LOG2_C3 * square))
-        # the square of a reciprocal root: two instructions, where a division takes five
-        root = tl.rsqrt(1.0 + power)
-        share = root * root
-        # 1 - share would err by 19 roundings of 1 at x = 4. Where the power overflows, share is 0 and so is the slope
-        rest = tl.minimum(power, _HUGE) * share
-        slope = share * (1.0 + rest * x * (_C1 + 3.0 * _C3 * square))
-    return x * share, slope
+        exp = tl.exp2(x * (_LOG2_C1 + _LOG2_C3 * square))
+        # The square of a reciprocal square root: two instructions, where a division takes five.
+        root = tl.rsqrt(1.0 + exp)
+        cdf = root * root
+        # 1 - cdf would err by 19 roundings of 1 at x = 4. Where exp overflows, cdf is 0 and so is the derivative.
+        rest = tl.minimum(exp, _HUGE) * cdf
+        grad = cdf * (1.0 + rest * x * (_C1 + 3.0 * _C3 * square))
+    return x * cdf, grad
 
 
 @triton.jit
-def bias_of(bias, column, F: tl.constexpr):
-    """The columns' bias as a row of float32; 0 without one."""
+def load_bias(bias, column, F: tl.constexpr):
+    """The bias of the columns, float32 (1, columns); 0 without one."""
     values = 0.0
     if bias is not None:
         values = tl.load(bias + column, mask=column < F, other=0.0).to(tl.float32)[None, :]
@@ -53,80 +52,41 @@ def bias_of(bias, column, F: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def gelu_kernel(
-    pre,
-    bias,
-    a,
-    rows,
-    F: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """a = GELU(pre + bias), which may be written over pre. A program takes BLOCK columns of every nth tile of rows."""
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = bias_of(bias, column, F)
-    for tile in tl.range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+def gelu_kernel(pre, bias, a, rows, F: tl.constexpr, EXACT: tl.constexpr, tile: tl.constexpr):
+    """a = GELU(pre + bias), which may overwrite pre. A program takes tile.block columns of every nth tile of rows."""
+    column = tl.program_id(0) * tile.block + tl.arange(0, tile.block)
+    b = load_bias(bias, column, F)
+    for i in tl.range(tl.program_id(1), tl.cdiv(rows, tile.rows), tl.num_programs(1)):
+        row = i * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
         at = row[:, None] * F + column[None, :]
         here = (row < rows)[:, None] & (column < F)[None, :]
-        value, _ = gelu_and_slope(tl.load(pre + at, mask=here, other=0.0).to(tl.float32) + b, EXACT)
+        value, _ = gelu_and_grad(tl.load(pre + at, mask=here, other=0.0).to(tl.float32) + b, EXACT)
         tl.store(a + at, value, mask=here)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def gelu_backward_kernel(
-    pre,
-    bias,
-    da,
-    a,
-    dpre,
-    sums,
-    rows,
-    F: tl.constexpr,
-    EXACT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    pre, bias, da, a, dpre, sums, rows, F: tl.constexpr, EXACT: tl.constexpr, tile: tl.constexpr
 ):
-    """dpre = da · GELU'(pre + bias), which may be written over da; a = GELU(pre + bias), which may be over pre.
+    """dpre = da · GELU'(pre + bias), which may overwrite da; a = GELU(pre + bias), which may overwrite pre.
 
-    sums: (programs along the rows, F) float32, what each of them has seen of dpre. a and sums may be None.
+    sums: (programs along the rows, F) float32, each program's partial db. a and sums may be None.
     """
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = bias_of(bias, column, F)
-    # summed over rows only at the end: until then no thread waits for another
-    seen = tl.zeros((ROWS, BLOCK), tl.float32)
-    for tile in tl.range(tl.program_id(1), tl.cdiv(rows, ROWS), tl.num_programs(1)):
-        row = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    column = tl.program_id(0) * tile.block + tl.arange(0, tile.block)
+    b = load_bias(bias, column, F)
+    # Reduced over rows after the loop: within it no thread waits for another.
+    db = tl.full((tile.rows, tile.block), 0.0, tl.float32)
+    for i in tl.range(tl.program_id(1), tl.cdiv(rows, tile.rows), tl.num_programs(1)):
+        row = i * tile.rows + tl.arange(0, tile.rows).to(tl.int64)
         at = row[:, None] * F + column[None, :]
         here = (row < rows)[:, None] & (column < F)[None, :]
-        grad = tl.load(da + at, mask=here, other=0.0).to(tl.float32)
-        value, slope = gelu_and_slope(tl.load(pre + at, mask=here, other=0.0).to(tl.float32) + b, EXACT)
-        grad *= slope
-        tl.store(dpre + at, grad, mask=here)
+        dp = tl.load(da + at, mask=here, other=0.0).to(tl.float32)
+        value, grad = gelu_and_grad(tl.load(pre + at, mask=here, other=0.0).to(tl.float32) + b, EXACT)
+        dp *= grad
+        tl.store(dpre + at, dp, mask=here)
         if a is not None:
             tl.store(a + at, value, mask=here)
-        seen += grad
+        db += dp
     if sums is not None:
         sums += tl.program_id(1).to(tl.int64) * F + column
-        tl.store(sums, tl.sum(seen, 0), mask=column < F)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: both passes with all options on, in the dtypes and forms that differ."""
-    forward, backward = (select(table, architecture, 3072) for table in (GELU_FORWARD, GELU_BACKWARD))
-    cases = []
-    for name, tensor, exact in (
-        ("bf16 C=768", "*bf16", False),
-        ("bf16 exact", "*bf16", True),
-        ("fp32", "*fp32", False),
-    ):
-        shared: dict[str, Any] = {"pre": tensor, "bias": "*fp32", "a": tensor, "rows": "i32"}
-        shared |= {"F": 3072, "EXACT": exact}
-        sizes = {"ROWS": forward.rows, "BLOCK": forward.block}
-        cases.append(Case(f"gelu forward {name}", gelu_kernel, {**shared, **sizes}, forward))
-        sizes = {"ROWS": backward.rows, "BLOCK": backward.block}
-        gradients = {"da": tensor, "dpre": tensor, "sums": "*fp32"}
-        arguments = {**shared, **gradients, **sizes}
-        cases.append(Case(f"gelu backward {name}", gelu_backward_kernel, arguments, backward))
-    return cases
+        tl.store(sums, tl.sum(db, 0), mask=column < F)

@@ -4,20 +4,21 @@
     backward  da = dy W_proj,  dpre = da · GELU'(pre + b_fc),  dx = dpre W_fc
               dW_proj = dyᵀ a,  db_proj = Σ rows of dy,  dW_fc = dpreᵀ x,  db_fc = Σ rows of dpre
 
-GELU is 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), GPT-2's, or x Φ(x). Saved: x and pre, with recompute x alone; a is
-computed again. pre is without its bias: the kernels add it in float32 from a register, where a matmul would round it
-to the activations' dtype first.
+GELU is 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), GPT-2's, or x Φ(x). Saved: x and pre, or x only with recompute; a is
+recomputed. pre does not include its bias: the kernels add it in float32 from a register, where a matmul would first
+round it to the activations' dtype.
 
-For M rows of C, F = 4 C and s bytes an element: 6 matmuls, 12 M C F FLOPs (7 and 14 with recompute). Beside them:
+For M rows of C, F = 4 C and s bytes an element: 6 matmuls, 12 M C F FLOPs (7 and 14 with recompute). Elementwise work
+in addition moves
 
-    library's matmuls   forward 2 M F s: pre in, a out       backward 4 M F s: pre and da in, dpre and a out
-    our own             forward none: a is stored where      backward 2 M F s: pre in, a out, as dpre is stored where
-                        pre would be; pre, to be kept, M F s           da would be
+    library matmuls   forward 2 M F s: pre in, a out       backward 4 M F s: pre and da in, dpre and a out
+    fused matmuls     forward none, as a is stored in      backward 2 M F s: pre in, a out, as dpre is stored in place
+                      place of pre; M F s to save pre                of da
 
-The first takes two passes of `gelu.py`, with dpre over da; the second does the same as the last step of a
-matmul of our own, `fused_matmul.py`. Which is faster depends on the GPU and on C: rows of `tiles.py`. Weights'
-gradients and the other matmuls are the library's in both. db_fc comes out of partial sums that every program writes
-once, added up in a fixed order; db_proj reads dy once more (`column_sum.py`), which add_layer_norm's `x_bias` saves.
+The first form runs the two passes of `gelu.py`, with dpre over da; the second does the same in the epilogue of the
+matmuls of `fused_matmul.py`. Which is faster depends on the GPU and on C: see the rows of `tiles.py`. The gradients of
+the weights and the other matmuls are the library's in both. db_fc is summed from partial sums that every program writes
+once, in a fixed order; db_proj reads dy once more (`column_sum.py`), which add_layer_norm's `x_bias` saves.
 """
 
 from collections.abc import Sequence
@@ -42,10 +43,10 @@ from ...tiles import (
     select,
 )
 from ..column_sum import column_sum
-from .fused_matmul import constants, down_gradient_kernel, up_kernel
+from .fused_matmul import down_gradient_kernel, up_kernel
 from .gelu import gelu_backward_kernel, gelu_kernel
 
-_ALIGNED = 16  # bytes: of a descriptor's address and of the step between its rows
+_ALIGNED = 16  # bytes: alignment of a descriptor's address and of the distance between its rows
 
 
 def _launch(
@@ -57,7 +58,7 @@ def _launch(
     exact: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output and, to keep, the pre-activation without its bias (of no element otherwise)."""
+    """The output, and the pre-activation without its bias (empty unless `keep`)."""
     bias = None if b_fc is None else b_fc.contiguous()
     pre, a = _up(x.reshape(-1, x.shape[-1]), w_fc.to(x.dtype), bias, exact, keep)
     w_proj = w_proj.to(x.dtype)
@@ -66,8 +67,8 @@ def _launch(
 
 
 def _up(x: Tensor, w: Tensor, bias: Tensor | None, exact: bool, keep: bool) -> tuple[Tensor | None, Tensor]:
-    """x wᵀ, where it is to be kept, and GELU(x wᵀ + bias)."""
-    tile = _own_matmul(MLP_UP, x, w.shape[0])
+    """x wᵀ, or None unless `keep`, and GELU(x wᵀ + bias)."""
+    tile = _fused_tile(MLP_UP, x, w.shape[0])
     if tile is None:
         pre = x @ w.T
         a = torch.empty_like(pre) if keep else pre
@@ -92,8 +93,8 @@ def _up(x: Tensor, w: Tensor, bias: Tensor | None, exact: bool, keep: bool) -> t
 def _down_gradient(
     dy: Tensor, w: Tensor, pre: Tensor, bias: Tensor | None, a: Tensor | None, exact: bool, summed: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """dpre = (dy w) · GELU'(pre + bias) and, where asked for, partial sums of its rows. Writes GELU(pre + bias) to a."""
-    tile = _own_matmul(MLP_DOWN_GRADIENT, dy, w.shape[1])
+    """dpre = (dy w) · GELU'(pre + bias) and, if `summed`, partial sums of its rows. Writes GELU(pre + bias) to a."""
+    tile = _fused_tile(MLP_DOWN_GRADIENT, dy, w.shape[1])
     if tile is None:
         da = dy @ w
         sums = _launch_pass(gelu_backward_kernel, GELU_BACKWARD, pre, bias, (da, a, da), exact, summed)
@@ -123,7 +124,7 @@ def _launch_pass(
     exact: bool,
     summed: bool = False,
 ) -> Tensor | None:
-    """Over all of pre; returns the partial sums that gelu_backward_kernel was asked for."""
+    """Run an elementwise kernel over all of pre. Returns the partial sums of gelu_backward_kernel, if `summed`."""
     rows, hidden = pre.shape
     where = hardware(pre.device)
     tile = select(table, where.architecture, hidden)
@@ -134,25 +135,16 @@ def _launch_pass(
     if rows:
         with on_device_of(pre):
             kernel[(blocks, splits)](
-                pre,
-                bias,
-                *others,
-                *last,
-                rows,
-                F=hidden,
-                EXACT=exact,
-                ROWS=tile.rows,
-                BLOCK=tile.block,
-                num_warps=tile.warps,
+                pre, bias, *others, *last, rows, F=hidden, EXACT=exact, tile=tile, num_warps=tile.warps
             )
     return sums
 
 
-def _own_matmul(table: dict[str, tuple[MatmulTile, ...]], x: Tensor, hidden: int) -> MatmulTile | None:
-    """The tile for x (M, C) times (C, hidden), or None for the library.
+def _fused_tile(table: dict[str, tuple[MatmulTile, ...]], x: Tensor, hidden: int) -> MatmulTile | None:
+    """The fused matmul's tile for x (M, C) times (C, hidden), or None for the library's matmul.
 
-    Descriptors take rows of whole 16 bytes. With less than one tile for every multiprocessor the library's smaller
-    ones finish sooner.
+    Descriptors require rows of a multiple of 16 bytes. With fewer tiles than multiprocessors, the library's smaller
+    tiles finish sooner.
     """
     rows, columns = x.shape
     where = hardware(x.device)
@@ -164,7 +156,7 @@ def _own_matmul(table: dict[str, tuple[MatmulTile, ...]], x: Tensor, hidden: int
 
 
 def _described(x: Tensor | None, block: tuple[int, int]) -> Any:
-    """A descriptor of x (rows, columns) by blocks of that shape; of a copy where x has another layout."""
+    """A descriptor of x (rows, columns) for blocks of that shape; of a copy if x's layout does not allow one."""
     if x is None:
         return None
     rows_apart = x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % _ALIGNED == 0
@@ -187,7 +179,7 @@ def _launch_matmul(
     programs = min(tiles, tile.programs * hardware(x.device).multiprocessors)
     with on_device_of(x):
         kernel[(programs,)](
-            *operands, *rest, rows, C=columns, F=hidden, EXACT=exact, **constants(tile), num_warps=tile.warps
+            *operands, *rest, rows, C=columns, F=hidden, EXACT=exact, tile=tile, num_warps=tile.warps
         )
 
 
@@ -202,7 +194,7 @@ def _launch_backward(
     exact: bool,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, w_fc, b_fc, w_proj and b_proj, of no element where not wanted; pre None: it is recomputed."""
+    """The gradients of x, w_fc, b_fc, w_proj and b_proj, empty where not wanted. pre is recomputed if None."""
     if not x.numel():
         none = _fake_backward(dy, x, pre, w_fc, b_fc, w_proj, b_proj, exact, wanted)
         return tuple(gradient.zero_() for gradient in none)
@@ -270,7 +262,7 @@ def _gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...
     if dy is None:
         return (None,) * 7
     wanted = list(ctx.needs_input_grad[:5])
-    # in a backward that runs inside the region, autocast would round what the weights' gradients keep exact
+    # A backward inside the autocast region would otherwise round the weights' gradients to its dtype.
     with without_autocast(dy):
         gradients = _backward(dy, *ctx.saved_tensors, ctx.exact, wanted)
     found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
@@ -309,24 +301,26 @@ def gelu_mlp(
     approximate: str = "tanh",
     recompute: bool = False,
 ) -> Tensor:
-    """GELU(x @ w_fc.T + b_fc) @ w_proj.T + b_proj.
+    """Apply GPT-2's feed-forward sub-layer, GELU(x @ w_fc.T + b_fc) @ w_proj.T + b_proj.
 
     Args:
-        x: (..., C).
-        w_fc: (F, C), GPT-2 has F = 4C; b_fc: (F,), optional.
-        w_proj: (C, F); b_proj: (C,), optional.
+        x: (..., C) activations.
+        w_fc: (F, C), any strides; F = 4C in GPT-2.
+        b_fc: (F,), optional.
+        w_proj: (C, F), any strides.
+        b_proj: (C,), optional.
         approximate: "tanh" (GPT-2's) or "none" (the exact GELU).
-        recompute: save x alone and compute the pre-activation again in the backward.
+        recompute: save only x and recompute the pre-activation in the backward.
 
     Returns:
         (..., C) in x's dtype; under autocast in autocast's.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device, or an unknown `approximate`.
+        TypeError, ValueError: unsupported dtype, shape or device of an argument; unknown `approximate`.
     """
     checks.floating("gelu_mlp", x=x, w_fc=w_fc, b_fc=b_fc, w_proj=w_proj, b_proj=b_proj)
-    if approximate not in ("tanh", "none"):
-        raise ValueError(f"gelu_mlp: approximate is {approximate!r}; it takes 'tanh' or 'none'")
+    checks.one_of("gelu_mlp", "approximate", approximate, "tanh", "none")
+    checks.numbers("gelu_mlp", int, recompute=recompute)
     if w_fc.dim() != 2 or x.shape[-1:] != w_fc.shape[1:]:
         raise ValueError(
             f"gelu_mlp: w_fc {tuple(w_fc.shape)} does not fit x {tuple(x.shape)}; it takes (F, C)"
@@ -339,7 +333,7 @@ def gelu_mlp(
     checks.shape("gelu_mlp", "b_proj", b_proj, w_proj.shape[0])
     x = autocast(x)
     given = (w_fc, b_fc, w_proj, b_proj)
-    empty = "a weight has no element" if 0 in (*w_fc.shape, *w_proj.shape) else None
+    empty = "a weight is empty" if 0 in (*w_fc.shape, *w_proj.shape) else None
     if choose("gelu_mlp", x, *given, obstacle=empty).backend == "triton":
         trained = any(t is not None and t.requires_grad for t in (x, *given))
         keep = trained and torch.is_grad_enabled() and not recompute
