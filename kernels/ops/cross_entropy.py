@@ -235,8 +235,8 @@ def _check_range(targets: Tensor, options: Options) -> None:
 def _launch_backward(
     dloss: Tensor, x: Tensor, weight: Tensor, targets: Tensor, lse: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    *options, want_dx, want_dweight = rest
-    options = Options(*options)
+    *given, want_dx, want_dweight = rest
+    options = Options(*given)
     # dx is multiplied by the incoming gradients row by row. dW takes them through the rows of x, scaled to at most 1,
     # which float16 can hold.
     factors = dloss.masked_fill(targets == options.ignore_index, 0.0)[:, None]  # (N, 1)
@@ -300,8 +300,8 @@ def _launch_with_gradients(
     x: Tensor, weight: Tensor, targets: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The loss, the factor of the gradients, and the gradients without it: dx in x's dtype, dweight in float32."""
-    *options, mean, want_dx, want_dweight = rest
-    options = _checked(targets, Options(*options))
+    *given, mean, want_dx, want_dweight = rest
+    options = _checked(targets, Options(*given))
     wanted = {"want_dx": want_dx, "want_dweight": want_dweight}
     loss, _, dx, dweight = _chunks(x, weight, targets, options, **wanted)
     return *_reduced(loss, targets, options.ignore_index, mean), dx, dweight
