@@ -29,18 +29,21 @@ SCORED = 500  # documents scored of a corpus that knows their probabilities
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """A model compared with the source of its corpus: bits per byte of both on the same documents, and the share of the
+    """A model compared with the source of its corpus: the loss of both on the same documents, and the share of the
     model's own documents that the source could have written."""
 
     bits_per_byte: float
-    best_possible: float
+    best_possible: float  # in bits a byte
+    bytes_per_token: float
     accepted: float
     sample: str
 
     def lines(self) -> list[str]:
+        bits, best = self.bits_per_byte, self.best_possible
+        nats = math.log(2) * self.bytes_per_token  # in one bit a byte
         return [
-            f"loss: {self.bits_per_byte:.4f} bits a byte, best possible {self.best_possible:.4f} "
-            f"({self.bits_per_byte - self.best_possible:+.4f})",
+            f"loss: {nats * bits:.4f} nats a token, best possible {nats * best:.4f} ({nats * (bits - best):+.4f})",
+            f"      {bits:.4f} bits a byte, best possible {best:.4f} ({bits - best:+.4f})",
             f"accepted: {self.accepted:.0%} of the tales it writes are tales that the grammar could have written",
         ]
 
@@ -100,8 +103,9 @@ def evaluate_corpus(
     documents = [encode_document(tokenizer, text) for text in texts]
     device = model.wte.weight.device
     n_bytes = sum(len(text.encode()) for text in texts)
+    bytes_per_token = n_bytes / sum(len(ids) - 1 for ids in documents)
     batches = list(document_batches(documents, model.config.context_length, 32, device))
-    nats = mean_loss(model, batches, dtype) * sum(len(ids) - 1 for ids in documents)
+    loss = mean_loss(model, batches, dtype)
     own = generate(
         model,
         [[tokenizer.end_of_text]] * written,
@@ -113,8 +117,9 @@ def evaluate_corpus(
     stories = [tokenizer.decode(token for token in ids if token != tokenizer.end_of_text) for ids in own]
     accepted = [story for story in stories if corpus.log_prob(story) > -math.inf]
     return CorpusReport(
-        bits_per_byte=nats / math.log(2) / n_bytes,
+        bits_per_byte=bits_per_byte(loss, bytes_per_token),
         best_possible=-sum(map(corpus.log_prob, texts)) / math.log(2) / n_bytes,
+        bytes_per_token=bytes_per_token,
         accepted=len(accepted) / len(stories),
         sample=(accepted or stories)[0],
     )

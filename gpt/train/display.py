@@ -81,6 +81,7 @@ class Display:
             self.say(f"       training loss with {' and '.join(on)}; validation loss is plain cross-entropy")
         probe = torch.empty(0, dtype=getattr(torch, settings.dtype), device=device)
         self.say(f"       {explain('attention', probe)}")
+        self.say("       losses are in nats a token")
         if step:
             self.say(f"       continued from step {step:,}")
         self.task = self.bar.add_task("training", total=settings.steps, completed=step, numbers="")
@@ -113,12 +114,19 @@ class Display:
         self.console.print(Text("    " + text.strip().replace("\n", "\n    "), style="dim"))
 
     def end(
-        self, out: Path, steps: int, picture: Path, report: CorpusReport | None, bits: float | None
+        self,
+        out: Path,
+        steps: int,
+        picture: Path,
+        report: CorpusReport | None,
+        loss: float,
+        bits: float | None,
     ) -> None:
+        """The run has ended: its validation loss in nats a token and bits a byte, and what can be done next."""
         if report:
-            self.say("\n" + "\n".join(report.lines()) + f"\n\n{report.sample}")
+            self.say("\n" + "\n".join(report.lines()))
         elif bits is not None:
-            self.say(f"\nvalidation loss: {bits:.4f} bits a byte")
+            self.say(f"\nvalidation loss: {loss:.4f} nats a token, {bits:.4f} bits a byte")
         gpt = program()
         self.say(
             f"\nloss curve  {picture}\n"
