@@ -15,14 +15,15 @@ import torch
 
 from ..data.corpus import Corpus, open_corpus
 from ..data.documents import IGNORED, document_batches, encode_document
-from ..data.shards import TokenShards, holds_tokens, token_shards
+from ..data.loader import checksum
+from ..data.shards import TokenShards, holds_tokens, open_shard, token_shards
 from ..data.tokenizers import Tokenizer
 from ..data.windows import Batch, EvalWindows
 from .config import TrainConfig
 from .device import pick_device, pick_dtype
 from .generate import generate
 from .model import GPT
-from .run import load_run
+from .run import Run, load_run
 
 SCORED = 500  # documents scored of a corpus that knows their probabilities
 
@@ -130,7 +131,8 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
 
     Args:
         path: a run folder.
-        data: a source, scored as a whole; by default the validation part of the run's own data.
+        data: a source, scored as a whole; by default the validation part of the run's own data. A text that the run was
+            trained on is reported as such.
         device: where to compute.
     """
     place = pick_device(device)
@@ -149,10 +151,20 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
             print(f"\n{report.sample}")
             return
         loss, tokens, bytes_per_token = _score_text(run.model, run.tokenizer, corpus, data is None, dtype)
-    print(f"{source}: {tokens:,} tokens")
+    print(f"{source}{', validation part' if data is None else ''}: {tokens:,} tokens")
+    if data is not None and not holds_tokens(source) and _trained_on(run, source):
+        print("      this includes the text that the run was trained on: expect a higher loss on new text")
     print(f"loss: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}")
     if bytes_per_token:
         print(f"      {bits_per_byte(loss, bytes_per_token):.4f} bits a byte")
+
+
+def _trained_on(run: Run, source: str) -> bool:
+    """Whether the tokens of the training part of `source` are those that a run's record names."""
+    if run.trained_on is None:
+        return False
+    shards = token_shards(source, run.tokenizer, run.config.train.val_fraction, progress=True)
+    return checksum(map(open_shard, shards.train)) == run.trained_on
 
 
 def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:

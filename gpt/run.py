@@ -41,6 +41,8 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     step: int
+    trained_on: int | None
+    """`data.loader.checksum` of its training tokens; None where the run did not train."""
 
 
 def create_run(
@@ -83,7 +85,8 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
     with torch.device(device):
         model = GPT(config.model)
     load_model(model, checkpoint)
-    return Run(path, config, tokenizer, model.eval(), read_state(checkpoint)["step"])
+    state = read_state(checkpoint)
+    return Run(path, config, tokenizer, model.eval(), state["step"], state.get("loader", {}).get("data"))
 
 
 def require_fit(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:

@@ -398,6 +398,20 @@ def test_the_end_gives_bits_a_byte(config, tmp_path, capsys):
         assert shown == pytest.approx(loss / math.log(2) * len(held_out) / len(held_out.encode()), abs=2e-4)
 
 
+def test_an_evaluation_on_what_the_run_was_trained_on_says_so(config, tmp_path, capsys):
+    (tmp_path / "copy.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT + "the end")
+    train(config, tmp_path / "run")
+    said = []
+    for data in ("text.txt", "copy.txt", "other.txt", None):
+        capsys.readouterr()
+        evaluate_run(tmp_path / "run", data and str(tmp_path / data), "cpu")
+        out = capsys.readouterr().out
+        said.append("includes the text that the run was trained on" in out)
+        assert ("text.txt, validation part: " in out) == (data is None)
+    assert said == [True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("steps", "least", "end"),
     [
