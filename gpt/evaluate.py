@@ -30,8 +30,8 @@ SCORED = 500  # documents scored of a corpus that knows their probabilities
 
 @dataclass(frozen=True)
 class CorpusReport:
-    """A model compared with the source of its corpus: the loss on the same whole documents, and the share of the model's
-    own documents that the source could have written."""
+    """A model compared with the source of its corpus: the loss of both on the same documents, and the share of the
+    model's own documents that the source could have written."""
 
     bits_per_byte: float
     best_possible: float  # in bits a byte
