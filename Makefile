@@ -54,7 +54,7 @@ gpu: $(LINK)/fusedgpt
 # ARGS="--json FILE" writes JSON too
 kernels-report: $(LINK)/fusedgpt
 	$(prepare)
-	$(PYTHON) -m fusedgpt.bench.gpu.kernels_report $(ARGS)
+	$(PYTHON) -m fusedgpt.bench kernels-report $(ARGS)
 
 # The package is the clone itself, whatever its folder is called; this link gives it its name, for mypy and for PYTHON=.
 $(LINK)/fusedgpt:

@@ -1,4 +1,4 @@
-"""`python -m fusedgpt.bench step | ops | ... | all | compare | readme | tiles | gpu`: the bench suite's command line.
+"""`python -m fusedgpt.bench step | ops | ... | all | compare | readme | tiles | gpu | kernels-report`: the bench suite's command line.
 
 argparse, not tyro as in `gpt`: `gpu` has to run on machines where nothing can be installed.
 """
@@ -13,7 +13,15 @@ from typing import Any
 # `python -m` in a clone puts the clone on the path, where transformers' `import kernels` would find ours
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parents[1]]
 
-SIZE_NAMES = ("tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # importing them imports torch
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+SIZE_NAMES = (
+    "tiny",
+    "small",
+    "gpt2",
+    "gpt2-medium",
+    "gpt2-large",
+    "gpt2-xl",
+)  # importing these imports torch
 # imported when they run, so that the help is there at once and a benchmark needs no more than its own libraries
 FUNCTIONS = {
     "ops": (".ops.run", "run_ops"),
@@ -21,6 +29,7 @@ FUNCTIONS = {
     "readme": (".readme", "run_readme"),
     "tiles": (".tiles.sweep", "run_tiles"),
     "gpu": (".gpu.run", "run_gpu"),
+    "kernels-report": (".gpu.kernels_report", "run_kernels_report"),
 }
 
 
@@ -34,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         module, function = FUNCTIONS[command]
         result = getattr(importlib.import_module(module, __package__), function)(**options)
-        return result if command == "gpu" else 0
+        return result if command in ("gpu", "kernels-report") else 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,7 +73,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "What is faster, by how much, on this machine."
     parser = argparse.ArgumentParser(prog="python -m fusedgpt.bench", description=description)
-    names = "ops | step | memory | startup | decode | all | compare | readme | tiles | gpu"
+    names = "ops | step | memory | startup | decode | all | compare | readme | tiles | gpu | kernels-report"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ops = commands.add_parser("ops", help="operators beside others: time, memory, share of the limit")
@@ -132,6 +141,22 @@ def _parser() -> argparse.ArgumentParser:
 
     gpu = commands.add_parser("gpu", help="everything that needs a GPU, within eight minutes")
     gpu.add_argument("--out", type=Path, metavar="FOLDER", help="for the record (default: bench/results)")
+
+    report = commands.add_parser(
+        "kernels-report", help="registers, spills and shared memory of every kernel, compiled without a GPU"
+    )
+    report.add_argument(
+        "--json", dest="json_file", type=Path, metavar="FILE", help="write the rows there too"
+    )
+    report.add_argument(
+        "--architecture",
+        dest="architectures",
+        nargs="+",
+        choices=ARCHITECTURES,
+        default=ARCHITECTURES,
+        help="(default: all four)",
+    )
+    report.add_argument("--kernel", dest="word", default="", help="only those whose name contains this")
     return parser
 
 

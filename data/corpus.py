@@ -1,14 +1,14 @@
-"""Where text comes from: files, folders and named corpora, each as a stream of training and validation documents.
+"""Sources of text: files, folders and named corpora, each as streams of training and validation documents.
 
-`open_corpus("novel.txt")`, `open_corpus("tales:20000")`, `open_corpus("tinyshakespeare")` all give a `Corpus`; whatever
-follows (tokenizers, shards, evaluation) sees documents only and never asks where they came from. Named texts are downloaded
+`open_corpus("novel.txt")`, `open_corpus("tales:20000")`, `open_corpus("tinyshakespeare")` all give a `Corpus`;
+tokenizers, shards and evaluation see its documents, whatever the source. Named texts are downloaded
 once into the user's cache, checked by size and sha256. A folder may be larger than memory: documents are read one at a time.
 
-The split is a function of the documents and `val_fraction` alone, so every run over the same data holds out the same text:
+The split depends on the documents and `val_fraction` alone, so every run on the same data holds out the same text:
 
 - fewer than 1 / val_fraction documents (a single file above all): each gives its last `val_fraction` characters;
 - more: whole documents, every (1 / val_fraction)-th one;
-- `tales`: other seeds, since the grammar writes without end.
+- `tales`: another seed, since the grammar generates any amount.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _TALES_TRAIN_SEED, _TALES_VAL_SEED = 1, 2
 
 @dataclass(frozen=True)
 class Corpus:
-    """Text for training and text held out, as documents.
+    """Training and validation text, as documents.
 
     `train_texts()` and `val_texts()` start from the first document at every call. `fingerprint` changes whenever the
-    documents may have changed (it does not cover `val_fraction`). `separated` says that there are several documents, which
-    end-of-text divides once they are tokens. `n_bytes` is about how many bytes will be read, None where nobody can know.
-    `log_prob` is the natural logarithm of a document's probability (-inf: the source cannot write it), None for text of
-    unknown origin: where it is there, the best possible loss is a number.
+    documents may have changed (it does not cover `val_fraction`). `separated`: there are several documents,
+    separated by end-of-text once tokenised. `n_bytes`: approximate number of bytes to read, None if unknown. `log_prob`:
+    the natural logarithm of a document's probability, -inf for one that the source cannot write; from it follows the best
+    possible loss. None for text of unknown distribution.
     """
 
     name: str
@@ -82,8 +82,8 @@ def open_corpus(source: str | Path, val_fraction: float = 0.1) -> Corpus:
 
     `tales:N` asks for N training tales. A name wins over a file of that name; `./tales` is always the file.
     Raises FileNotFoundError or ValueError with the remedy in its message: for what is missing, empty, binary, not UTF-8
-    or of an unknown kind, and where a download fails. A folder's later files are read, and complained of, when their
-    turn comes.
+    or of an unknown kind, and where a download fails. Errors in a folder's
+    later files are raised when these are read.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}: it takes a share between 0 and 1, such as 0.1")
@@ -116,7 +116,7 @@ def split_name(source: str | Path) -> tuple[str | None, int | None]:
 def _tales(count: int) -> Corpus:
     from . import tales
 
-    source = Path(tales.__file__).read_bytes()  # any change of the grammar is another corpus
+    source = Path(tales.__file__).read_bytes()  # any change of the grammar makes another corpus
     return Corpus(
         name="tales" if count == TALES_TRAIN else f"tales:{count}",
         fingerprint=hashlib.sha256(source + f"{count} {TALES_VAL}".encode()).hexdigest(),
@@ -167,7 +167,7 @@ def _from_files(name: str, path: Path, val_fraction: float) -> Corpus:
 
 
 def _existing(source: str) -> Path:
-    """The file or folder, or the error that names what the user probably meant."""
+    """The existing file or folder; otherwise an error that suggests what was meant."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -205,7 +205,7 @@ def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-# ---- one reader an ending: a file -> its documents
+# ---- readers by file extension: a file -> its documents
 
 
 def _read_txt(path: Path) -> Iterator[str]:
@@ -217,7 +217,7 @@ def _read_txt(path: Path) -> Iterator[str]:
             "If it is UTF-16, convert it: iconv -f UTF-16 -t UTF-8 IN.txt > OUT.txt"
         )
     try:
-        yield data.decode("utf-8").removeprefix("\ufeff")  # the mark that some editors put first is no text
+        yield data.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark is not text
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path}: not valid UTF-8 at byte {error.start:,} (0x{data[error.start]:02x}). "
@@ -306,7 +306,7 @@ def cache_dir() -> Path:
 
 
 def _fetch_text(name: str) -> Path:
-    """The named text out of the cache, downloaded if need be. A file put there by hand is checked like a download."""
+    """The named text in the cache, downloaded if necessary. A file put there by hand is checked like a download."""
     remote, path = _DOWNLOADS[name], cache_dir() / f"{name}.txt"
     if not path.exists():
         download(remote.url, path, max_bytes=remote.size, sha256=remote.sha256)
@@ -327,10 +327,10 @@ def download(
     check: Callable[[Path], object] | None = None,
     timeout: float = 30,
 ) -> None:
-    """Download `url` to `path`, which appears only when it is whole and right.
+    """Download `url` to `path`, which appears only when complete and verified.
 
     More than `max_bytes`, another `sha256`, or a `check(file)` that raises: ValueError. No network: FileNotFoundError that
-    says where the file can be put by hand. Progress is shown on a terminal. Several processes may do this at once.
+    names where to put the file by hand. Progress is shown on a terminal. Several processes may do this at once.
     """
     from rich.console import Console
     from rich.progress import (

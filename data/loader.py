@@ -1,14 +1,14 @@
 """Training batches: shuffled windows over token shards, in an order that is a pure function of the seed.
 
-Windows. A shard of n tokens has (n - 1) // context_length windows an epoch. They start at a phase drawn for this epoch and
-shard, lie side by side and wrap around the shard's end, so that none overlap and their borders fall elsewhere in every
+Windows. A shard of n tokens has (n - 1) // context_length windows an epoch. They start at an offset drawn for this epoch and
+shard, are contiguous and wrap around the shard's end, so they do not overlap and their borders differ in every
 epoch. One permutation mixes the windows of all shards.
 
-Order. Windows are numbered on through all epochs: number g is entry g % n of epoch g // n, n being the windows of an epoch.
+Order. Windows are numbered through all epochs: number g is entry g % n of epoch g // n, n being the windows of an epoch.
 Batch k of rank r out of w takes the numbers from (k w + r) B to (k w + r + 1) B, so the ranks together read what one rank
 with a batch of w B reads, a batch may span epochs, nothing is dropped, and the position is one integer.
 
-Documents. A model that is to write documents shorter than its context sees them best from their first token: with
+Documents. A model that generates documents shorter than its context should see them from their first token: with
 `document_start`, a window moves back to the last such token (end-of-text) before it, if that is less than a window away.
 """
 
@@ -18,7 +18,7 @@ import queue
 import threading
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ _BUFFERS = 4  # batches read ahead: enough to hide drawing the next epoch's orde
 
 
 class WindowOrder:
-    """Which tokens window number g holds. Keeps the order of one epoch at a time; meant for one thread."""
+    """The tokens of window number g. Holds the order of one epoch at a time; not thread-safe."""
 
     def __init__(
         self,
@@ -64,18 +64,26 @@ class WindowOrder:
             out[0, row], out[1, row] = span[:-1], span[1:]
 
     def _draw(self, epoch: int) -> None:
-        # RandomState's streams are frozen for good; a Generator's may change with numpy, and a resumed run with them
+        # RandomState's streams never change; a Generator's may change with numpy, and with them a resumed run
         random = np.random.RandomState(np.random.MT19937(np.random.SeedSequence([self.seed, epoch])))
         self._phases = random.randint(0, self.context_length, size=len(self.tiling.tokens))
         self._permutation = random.permutation(self.n_windows)
         self._epoch = epoch
 
 
+def checksum(shards: Iterable[np.ndarray]) -> int:
+    """A number that tells texts apart by the length and the first tokens of their shards, at no cost for large ones."""
+    crc = 0
+    for tokens in shards:
+        crc = zlib.crc32(f"{len(tokens)} {tokens[:1024].tolist()}".encode(), crc)
+    return crc
+
+
 class TokenLoader:
     """An endless iterator of (inputs, targets): two int64 tensors (batch_size, context_length) on `device`.
 
     `shards` are shard files or token arrays; the order is that of the module's docstring. On a GPU a thread reads ahead into
-    pinned memory and the copies run on a stream of their own; on a CPU batches are read when they are asked for. Raises
+    pinned memory and the copies run on their own stream; on a CPU batches are read on request. Raises
     ValueError where no shard holds a window (`part` names the shards in it).
     """
 
@@ -111,7 +119,7 @@ class TokenLoader:
 
     @property
     def epoch(self) -> float:
-        """How many times the data has been gone through: 1.5 is the middle of the second epoch."""
+        """Passes over the data so far: 1.5 is the middle of the second epoch."""
         return self.position / self.n_windows
 
     def __iter__(self) -> Iterator[Batch]:
@@ -157,24 +165,21 @@ class TokenLoader:
         self.position = position
 
     def _identity(self) -> dict[str, int]:
-        order, data = self._order, 0
-        # length and first tokens tell texts apart, at no cost for large ones
-        for tokens in order.tiling.tokens:
-            data = zlib.crc32(f"{len(tokens)} {tokens[:1024].tolist()}".encode(), data)
+        order = self._order
         return {
             "seed": order.seed,
             "context_length": order.context_length,
             "n_windows": order.n_windows,
             "document_start": -1 if order.document_start is None else order.document_start,
-            "data": data,
+            "data": checksum(order.tiling.tokens),
         }
 
 
 class _ReadAhead:
     """Batches filled by a thread, in order, into a ring of host buffers, and copied to the device when they are taken.
 
-    The thread never calls CUDA, which a graph capture in the main thread would not survive. A buffer goes back to it when the
-    copy out of it has ended.
+    The thread never calls CUDA, which would break a graph capture in the main thread. A buffer is reused when the copy out
+    of it has finished.
     """
 
     def __init__(
@@ -209,7 +214,7 @@ class _ReadAhead:
         self._copied.clear()
         buffer = self._ready.get()
         if isinstance(buffer, BaseException):
-            self._ready.put(buffer)  # the thread has ended: whoever asks again is told again
+            self._ready.put(buffer)  # the thread has ended: raise the same error at every further call
             raise buffer
         if self._stream is None:
             batch = buffer.clone()
@@ -225,7 +230,7 @@ class _ReadAhead:
         return batch
 
     def close(self) -> None:
-        """End the thread; it has left its data alone when this returns."""
+        """End the thread; it no longer accesses its data when this returns."""
         self._stop()
         self._thread.join()
 

@@ -2,11 +2,11 @@
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then that many uint16 token ids
 (https://github.com/karpathy/llm.c, dev/data/data_common.py). A folder of shards holds `train_000000.bin`, ...,
-`val_000000.bin`, ..., the `tokenizer.json` they were made with, and `meta.json` with what else is known of the texts.
+`val_000000.bin`, ..., the `tokenizer.json` they were made with, and `meta.json` with facts about the texts.
 
-Where a corpus has several documents, every one is preceded by the end-of-text id and the last is followed by one more:
-a window that starts at a document starts with end-of-text, which is also the prompt that asks a model for a new document.
-A single text has none: its ids are the tokenizer's and nothing else.
+If a corpus has several documents, each is preceded by the end-of-text id and the last is followed by one more:
+a window that starts at a document starts with end-of-text, which is also the prompt for a new document.
+A single text has none.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 MAGIC, VERSION = 20240520, 1
 HEADER_BYTES = 1024
-SHARD_SIZE = 100_000_000  # tokens; 200 MB a file, as the public FineWeb shards have it
-_FORMAT = 1  # of what tokenize() writes: a change takes another number, and caches made before are left alone
+SHARD_SIZE = 100_000_000  # tokens; 200 MB per file, like the public FineWeb shards
+_FORMAT = 1  # version of what tokenize() writes; a new number leaves older caches unused
 _CHUNK = 1 << 24  # tokens scanned in one go
 _PIECE = 1 << 20  # characters encoded in one go
 _FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
@@ -104,7 +104,7 @@ def write_shards(
 ) -> list[Path]:
     """Write a stream of token arrays as `{split}_000000.bin`, ... of `shard_size` tokens each, the last one shorter.
 
-    Nothing but one chunk is held in memory. A file appears under its name only when it is whole, so a crash leaves no half
+    Only one chunk is held in memory. A file appears under its name only when complete, so a crash leaves no partial
     shard. Ids outside uint16 raise ValueError. Returns the files; none where there are no tokens.
     """
     folder = Path(folder)
@@ -157,7 +157,7 @@ def check_range(shards: Sequence[Path], vocab_size: int) -> None:
 
 
 def _largest_token(path: Path) -> int:
-    """The largest id in a shard. Scanned once: the answer stays in the cache for as long as the file does not change."""
+    """The largest id in a shard. Scanned once: the result is cached until the file changes."""
     stat = path.stat()
     identity = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
     note = cache_dir() / "largest_token" / identity
@@ -180,8 +180,8 @@ def token_shards(
     """The tokens of `source`: whatever `open_corpus` takes, a folder of shards, or `fineweb10B` (`:N` for N of 103 shards).
 
     Text is tokenised once and kept in the user's cache under a key of corpus, tokenizer and `val_fraction`. What already is
-    tokens brings its tokenizer along (`stored_tokenizer`); one that is given must be the same. Of several processes let one
-    go first: each would tokenise or download for itself (safely, but in vain).
+    tokens brings its tokenizer along (`stored_tokenizer`); one that is given must be the same. Let one
+    of several processes go first: otherwise each tokenises or downloads for itself, safely but redundantly.
     """
     name, count = split_name(source)
     if name == "fineweb10B":
@@ -228,7 +228,7 @@ def holds_tokens(source: str | Path) -> bool:
 def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenShards:
     """A folder of shards: files `*train*.bin` and `*val*.bin`, with the `tokenizer.json` that `tokenize` put there.
 
-    A `tokenizer` that is given must be that one; it is taken at its word where the folder holds none.
+    A given `tokenizer` must be that one; it is not checked if the folder has none.
     """
     folder = Path(folder)
     train, val = (sorted(folder.glob(f"*{part}*.bin")) for part in ("train", "val"))

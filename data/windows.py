@@ -1,4 +1,4 @@
-"""Windows over tokens in reading order: the same ones every time, for study, fine-tuning and evaluation.
+"""Windows over tokens in reading order, the same every time: for study, fine-tuning and evaluation.
 
 A window of `context_length` inputs needs `context_length + 1` tokens: the targets are the inputs one place further on.
 Shuffled windows for training are in loader.py.

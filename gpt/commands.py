@@ -1,6 +1,6 @@
-"""The commands of `gpt`: dataclasses whose fields are the flags and whose call does the work elsewhere.
+"""The commands of `gpt`: dataclasses whose fields are the flags and whose `__call__` calls what does the work.
 
-tyro makes flags and help out of types and docstrings (`cli.py`). Nothing heavy (torch, numpy, matplotlib) is imported
+tyro makes flags and help from types and docstrings (`cli.py`). Nothing heavy (torch, numpy, matplotlib) is imported
 before a command runs: commands import what they call.
 """
 
@@ -18,7 +18,7 @@ from .settings import DEFAULT_PRESET, below_flags, merge, require_unused, resolv
 
 
 def _flags(config: type, **more: tuple[Any, Any]) -> Any:
-    """`config` for tyro: with the names that other implementations use, and unchecked until all sources are merged.
+    """A subclass of `config` for tyro: with the aliases of its flags, and validated only once all sources are merged.
 
     Args:
         config: a dataclass; its fields' docstrings are the help.
@@ -45,7 +45,7 @@ TrainFlags = _flags(TrainConfig)
 
 @dataclass
 class Sources:
-    """Where the settings of a run come from before flags."""
+    """The sources of a run's settings that flags override."""
 
     preset: Annotated[
         str | None,
@@ -61,7 +61,7 @@ class Sources:
     """Continue this run in its folder, with its settings."""
 
     def train(self) -> "Train":
-        """The command with what these sources say: what flags and `--help` start from."""
+        """The command with the settings of these sources: the defaults of the flags, which `--help` shows."""
         values, _ = merge(*below_flags(self.preset, self.config, self.resume))
         shape = {one.name: values.pop(one.name) for one in fields(ModelConfig)}
         return Train(
@@ -78,18 +78,18 @@ class Train(Sources):
         gpt train --config runs/novel/config.toml --lr 1e-3 --out runs/novel-2
         gpt train --resume runs/novel --steps 4000
 
-    Defaults < preset < resumed run < TOML file < flags. Beside --preset, --config or --resume, --help shows their values.
+    Defaults < preset < resumed run < TOML file < flags. With --preset, --config or --resume, --help shows their values.
     """
 
     out: Annotated[Path | None, arg(metavar="DIR", help_behavior_hint="(default: runs/PRESET, numbered)")] = (
         None
     )
-    """The run folder to make."""
+    """The run folder to create."""
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)  # type: ignore[valid-type]
     training: OmitArgPrefixes[TrainFlags] = field(default_factory=TrainFlags)  # type: ignore[valid-type]
 
     def __call__(self, given: set[str]) -> None:
-        """Train; `given` has the names of the flags that were written, defaults or not."""
+        """Train. `given` are the fields whose flags were written, whatever their values."""
         values = vars(self.model) | vars(self.training)
         flags = {name: value for name, value in values.items() if name in given}
         settings = resolve(flags, self.preset, self.config, self.resume, self.out)
@@ -112,33 +112,33 @@ class Generate:
         gpt generate runs/novel --prompt "It was" --prompt "She said" --max-tokens 100
         gpt generate runs/novel --prompt "It was" --num-samples 5 --temperature 0.7 --top-k 50 --seed 1
 
-    One sample of one prompt appears as it is written.
+    A single sample is printed as it is generated.
     """
 
     run: Positional[Path]
     """The folder of a run."""
     prompt: UseAppendAction[tuple[str, ...]] = ()
-    """What to continue; give it again for several. Without it the model begins a document."""
+    """Text to continue; repeat for several. By default the model begins a document."""
     max_tokens: Annotated[int, arg(aliases=["--max-new-tokens"])] = 200
-    """The most tokens to write."""
+    """Maximum number of new tokens."""
     temperature: float = 0.8
-    """Above 1 more surprising, below 1 more likely text; 0: always the likeliest token."""
+    """Above 1: more varied text, below 1: more likely text; 0: always the most likely token (greedy)."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0: from all."""
+    """Sample from this many of the most likely tokens; 0: from all."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     repetition_penalty: float = 1.0
-    """Above 1: tokens that occurred already become less likely."""
+    """Above 1: tokens that have already occurred become less likely."""
     stop: Annotated[UseAppendAction[tuple[str, ...]], arg(aliases=["--stop-strings"])] = ()
-    """End a text before this string; give it again for several."""
+    """Stop before this string; repeat for several."""
     seed: Annotated[
         int | None, arg(metavar="INT", help_behavior_hint="(default: another text each time)")
     ] = None
-    """The same seed writes the same text."""
+    """The same seed gives the same text."""
     num_samples: Annotated[int, arg(aliases=["--num-return-sequences"])] = 1
-    """Texts for each prompt."""
+    """Samples per prompt."""
     device: str = "auto"
-    """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
+    """auto (a GPU if one works), cpu, cuda, cuda:1, ..."""
 
     def __call__(self) -> None:
         if self.num_samples < 1:
@@ -180,12 +180,12 @@ class Generate:
 
 @dataclass
 class Evaluate:
-    """Measure a trained model: loss, perplexity and bits per byte, on tales beside the best possible.
+    """Measure a trained model: loss, perplexity and bits per byte; on tales also the best possible loss.
 
         gpt evaluate runs/tales
         gpt evaluate runs/novel --data another.txt
 
-    Bits per byte compare models whatever their tokenizers; perplexity does not.
+    Bits per byte compare models with different tokenizers; perplexity does not.
     """
 
     run: Positional[Path]
@@ -193,9 +193,9 @@ class Evaluate:
     data: Annotated[
         str | None, arg(metavar="SOURCE", help_behavior_hint="(default: the run's validation part)")
     ] = None
-    """What to score, all of it: whatever `gpt train --data` takes."""
+    """Data to score, all of it: anything that `gpt train --data` takes."""
     device: str = "auto"
-    """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
+    """auto (a GPU if one works), cpu, cuda, cuda:1, ..."""
 
     def __call__(self) -> None:
         from .evaluate import evaluate_run
@@ -216,7 +216,7 @@ class Tokenize:
     source: Positional[str]
     """A .txt, .jsonl or .parquet file, a folder of them, or one of the names that `gpt train --data` takes."""
     out: Path
-    """The folder to make."""
+    """The folder to create."""
     tokenizer: str = "gpt2"
     """gpt2, bpe, word, char (the last three are made from the text), or the path of a saved tokenizer."""
     val_fraction: float = 0.1
@@ -231,7 +231,7 @@ class Tokenize:
         from ..data.tokenizers import make_tokenizer
 
         corpus = open_corpus(self.source, self.val_fraction)
-        # characters that only the held-out part has could not be encoded otherwise
+        # otherwise characters that occur only in the held-out part could not be encoded
         held_out = corpus.val_texts() if self.tokenizer == "char" else ()
         tokenizer = make_tokenizer(self.tokenizer, chain(corpus.train_texts(), held_out), self.vocab_size)
         tokenize(corpus, tokenizer, self.out, progress=True)
@@ -249,11 +249,11 @@ class Tokenizer:
         gpt tokenizer train novel.txt --vocab-size 4096 --out tok.json
         gpt train --data novel.txt --tokenizer tok.json --out runs/novel
 
-    A text that has fewer merges to learn gives a smaller vocabulary.
+    A text with fewer merges to learn gives a smaller vocabulary.
     """
 
     action: Annotated[Positional[Literal["train"]], arg(metavar="train", help_behavior_hint="")]
-    """What to do: train one."""
+    """The action; train is the only one."""
     file: Positional[str]
     """A .txt, .jsonl or .parquet file, a folder of them, or a named text; all of it is used."""
     out: Path
@@ -284,13 +284,13 @@ class Plot:
         gpt plot runs/tales
         gpt plot runs/novel runs/novel-2 --out both.png
 
-    Several runs share one picture.
+    Several runs are drawn into one picture.
     """
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
     """Folders of runs."""
     out: Annotated[Path | None, arg(metavar="PNG", help_behavior_hint="(default: RUN/loss_curve.png)")] = None
-    """The picture to write."""
+    """The picture to write, a PNG."""
 
     def __call__(self) -> None:
         if not self.runs:
@@ -302,19 +302,19 @@ class Plot:
 
 @dataclass
 class Import:
-    """Make a run of a GPT-2 in the format of Hugging Face's transformers.
+    """Import a GPT-2 in the format of Hugging Face's transformers as a run.
 
         gpt import gpt2-folder/ runs/gpt2
         gpt generate runs/gpt2 --prompt "It was"
         gpt train --resume runs/gpt2 --data novel.txt --lr 5e-5 --steps 200
 
-    Weights are read from safetensors only; files that need unpickling are not touched.
+    Weights are read from safetensors only; no file is unpickled.
     """
 
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """A folder with config.json, model.safetensors and a tokenizer."""
     run: Positional[Path]
-    """The run folder to make."""
+    """The run folder to create."""
 
     def __call__(self) -> None:
         require_unused(self.run)
@@ -334,13 +334,13 @@ class Export:
 
         gpt export runs/novel novel-hf/ --format hf
 
-    A model with an untied head or norms behind its sub-layers is no GPT-2 and is refused.
+    A model with an untied head or post-norm has no GPT-2 form and is refused.
     """
 
     run: Positional[Path]
     """The folder of a run."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
-    """The folder to make."""
+    """The folder to create."""
     format: Literal["hf"] = "hf"
     """hf: config.json, model.safetensors and the tokenizer, for `from_pretrained`."""
 
@@ -356,15 +356,15 @@ class Export:
 
 @dataclass
 class Doctor:
-    """Show what this machine will run, and check every operator against float64.
+    """Show which implementation runs on this machine, and check every operator against float64.
 
         gpt doctor
 
-    The exit code is 1 where an operator is wrong.
+    The exit code is 1 if an operator is wrong.
     """
 
     device: str = "auto"
-    """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
+    """auto (a GPU if one works), cpu, cuda, cuda:1, ..."""
 
     def __call__(self) -> int:
         from .doctor import examine

@@ -1,7 +1,7 @@
-"""What a run is made of: the model's shape, the training settings, named presets, and their validation.
+"""The configuration of a run: the model's shape, the training settings, named presets, and their validation.
 
-The names are GPT-2's own; `ALIASES` lists the names that other GPT implementations use for the same things, and
-every place that takes a key (a dictionary, a TOML file, a flag) takes those too.
+The names are GPT-2's; `ALIASES` lists the names that other GPT implementations use for the same settings, and they
+are accepted wherever a name is: in a dictionary, a TOML file or a flag.
 """
 
 import difflib
@@ -32,11 +32,11 @@ class ModelConfig:
     """The shape of a GPT. The defaults are GPT-2's smallest model, as released (Radford et al., 2019)."""
 
     vocab_size: int = 50257
-    """Tokens in the vocabulary; `gpt train` takes the tokenizer's real size."""
+    """Vocabulary size; `gpt train` takes the tokenizer's."""
     context_length: int = 1024
-    """The most tokens that the model sees at once."""
+    """Maximum sequence length in tokens."""
     n_layer: int = 12
-    """Blocks of attention and feed-forward."""
+    """Transformer blocks."""
     n_head: int = 12
     """Attention heads; must divide n_embd."""
     n_embd: int = 768
@@ -46,13 +46,13 @@ class ModelConfig:
     attn_dropout: float = 0.0
     """Dropout of the attention weights."""
     resid_dropout: float = 0.0
-    """Dropout of what a sub-layer adds to the residual stream."""
+    """Dropout of the sub-layers' outputs, before they are added to the residual stream."""
     bias: bool = True
     """Biases in LayerNorms, projections and the feed-forward."""
     qkv_bias: bool = True
-    """Biases of queries, keys and values too (never without `bias`)."""
+    """Biases of queries, keys and values (never without `bias`)."""
     tie_weights: bool = True
-    """One matrix for the token embedding and the head."""
+    """Share one matrix between the token embedding and the head."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each sub-layer (GPT-2) or after each addition (GPT-1)."""
 
@@ -75,7 +75,7 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary padded to a multiple of 128, which the matmuls are fastest at."""
+        """Rows of the embedding: the vocabulary padded to a multiple of 128, for which matmuls are fastest."""
         return -(-self.vocab_size // 128) * 128
 
     @classmethod
@@ -91,7 +91,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a model is trained and on what."""
+    """How a model is trained, and on what data."""
 
     data: str = "tales"
     """A .txt, .jsonl or .parquet file, a folder of them, a folder of token shards, or one of the names tales,
@@ -99,22 +99,22 @@ class TrainConfig:
     tokenizer: str = "bpe"
     """gpt2, bpe (byte-level, trained on the data), word, char, or the path of a saved tokenizer."""
     bpe_vocab_size: int = 4096
-    """Size of the vocabulary that a bpe tokenizer is trained to."""
+    """Vocabulary size of a bpe tokenizer trained on the data."""
     val_fraction: float = 0.1
-    """Share of the data, its end, that is held out for validation."""
+    """Fraction of the data, at its end, held out for validation."""
 
     align_documents: bool = False
-    """Begin training windows at documents where these are shorter than the context, as they are when generated."""
+    """Start training windows at the beginning of a document where documents are shorter than the context."""
 
     steps: int = 1000
     """Optimizer steps."""
     epochs: float = 0.0
-    """Passes over the data; replaces `steps` where it is above 0."""
+    """Passes over the data; replaces `steps` if above 0."""
     batch_size: int = 16
-    """Sequences in one optimizer step."""
+    """Sequences per optimizer step."""
     micro_batch: int | Literal["auto"] = 0
-    """Sequences in one forward pass; must divide batch_size, and gradients accumulate. 0: the whole batch; auto: as
-    much of it as fits the GPU."""
+    """Sequences per forward pass; must divide batch_size, and gradients accumulate. 0: the whole batch; auto: as
+    many as fit on the GPU."""
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """adamw, or muon for the blocks' matrices with adamw for everything else."""
@@ -123,66 +123,67 @@ class TrainConfig:
     muon_lr: float = 0.02
     """Peak learning rate of muon."""
     min_lr_ratio: float = 0.1
-    """Learning rate at the end, as a share of its peak."""
+    """Final learning rate as a fraction of its peak."""
     warmup_steps: int = 100
     """Steps over which the learning rate rises from 0."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """The learning rate after warm-up; wsd: constant, then linear over the last cooldown_fraction."""
     cooldown_fraction: float = 0.2
-    """Share of all steps over which wsd decays."""
+    """Fraction of all steps over which wsd decays."""
     weight_decay: float = 0.1
-    """Decay of matrices and embeddings; biases and LayerNorms have none."""
+    """Weight decay of matrices and embeddings; biases and LayerNorms have none."""
     beta1: float = 0.9
     """Adam's decay rate of the mean of gradients."""
     beta2: float = 0.95
     """Adam's decay rate of the mean of squared gradients."""
     grad_clip: float = 1.0
-    """Largest norm of all gradients together; 0: no clipping."""
+    """Maximum global norm of the gradients; 0: no clipping."""
     label_smoothing: float = 0.0
-    """Share of each training target that is spread evenly over the vocabulary; evaluation has none."""
+    """Fraction of each training target spread evenly over the vocabulary; evaluation has none."""
     z_loss: float = 0.0
     """Coefficient of the squared log-sum-exp of the logits in the training loss (PaLM: 1e-4); evaluation has none."""
 
     device: str = "auto"
-    """auto (a GPU where one works), cpu, cuda, cuda:1, ..."""
+    """auto (a GPU if one works), cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Of activations; weights and optimizer stay float32. auto: bfloat16 on a GPU that has it, else float32."""
+    """Of activations; weights and optimizer state stay float32. auto: bfloat16 on a GPU that supports it
+    (else float16), float32 on a CPU."""
     float32_residual: bool = False
-    """Keep the residual stream in float32 beside lower-precision activations."""
+    """Keep the residual stream in float32 with lower-precision activations."""
     activation_checkpointing: bool = False
-    """Recompute each block in the backward instead of keeping its activations."""
+    """Recompute each block in the backward pass instead of keeping its activations."""
     backend: Literal["auto", "triton", "torch"] = "auto"
-    """Which implementation the operators use."""
+    """Implementation of the operators."""
     cuda_graph: Literal["auto", "off"] = "auto"
-    """auto: a GPU replays each step as CUDA graphs; off: it is launched kernel by kernel, with the same losses."""
+    """auto: a GPU replays each step as CUDA graphs; off: each kernel is launched separately, with the same losses."""
     seed: int = 0
-    """Of initial weights, batches, dropout and samples."""
+    """Seed of initial weights, batches, dropout and samples."""
 
     log_interval: int = 10
     """Steps between lines of the log."""
     eval_interval: int = 100
     """Steps between evaluations on the validation part."""
     eval_windows: int = 128
-    """Validation windows of context_length tokens in one evaluation, the same each time."""
+    """Validation windows of context_length tokens per evaluation, the same each time."""
     sample_interval: int = 0
     """Steps between samples of text; 0: at every evaluation."""
     sample_tokens: int = 100
-    """Tokens in such a sample."""
+    """Tokens per sample of text."""
     prompt: str = ""
-    """What samples begin with; empty: the start of a document."""
+    """The beginning of each sample; empty: the start of a document."""
     save_interval: int = 500
     """Steps between checkpoints."""
     keep_checkpoints: int = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints to keep."""
     min_accepted: float = 0.0
-    """Tales only: fail where the grammar accepts a smaller share of the tales that the trained model writes. A preset's
-    value counts only in runs of at least that preset's steps."""
+    """Tales only: fail if the grammar accepts a smaller fraction of the tales that the trained model writes. A preset's
+    value applies only to runs of at least that preset's steps."""
     tensorboard: bool = False
     """Also log to TensorBoard, into the run's folder."""
     wandb: bool = False
     """Also log to Weights & Biases."""
     profile: bool = False
-    """Trace a few steps into trace.json.gz in the run's folder, for ui.perfetto.dev, and print where their time went."""
+    """Trace a few steps into trace.json.gz in the run's folder, for ui.perfetto.dev, and print the time of each operator."""
 
     def __post_init__(self) -> None:
         whole = {"steps": 1, "batch_size": 1, "log_interval": 1, "eval_interval": 1, "eval_windows": 1}
@@ -206,7 +207,7 @@ class TrainConfig:
 
     @property
     def sequences(self) -> int:
-        """Sequences in one forward pass.
+        """Sequences per forward pass.
 
         Raises:
             ValueError: micro_batch is still "auto".
@@ -219,13 +220,13 @@ class TrainConfig:
 
     @property
     def accumulation(self) -> int:
-        """Forward passes in one optimizer step."""
+        """Forward passes per optimizer step."""
         return self.batch_size // self.sequences
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that decides a run."""
+    """The whole configuration of a run."""
 
     model: ModelConfig
     train: TrainConfig
@@ -365,7 +366,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str) -> RunConfig:
-    """The configuration of that name.
+    """The preset's configuration.
 
     Raises:
         ValueError: there is none; the nearest is named.
@@ -377,12 +378,12 @@ def preset(name: str) -> RunConfig:
 
 
 def full_length(config: TrainConfig) -> int:
-    """The steps that `min_accepted` asks for: those of the preset that has this value, 0 for a value of the user's own."""
+    """The steps from which `min_accepted` applies: those of the preset with this value, 0 for a user's own value."""
     return next((p["steps"] for p in PRESETS.values() if p.get("min_accepted") == config.min_accepted), 0)
 
 
 def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
-    """The same values under this project's names.
+    """Translate aliases to this project's names.
 
     Raises:
         ValueError: a key that is neither a known name nor an alias of one, or two names for one thing.
@@ -408,7 +409,7 @@ def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> di
 
 
 def nearest(name: str, options: Iterable[str]) -> str:
-    """`; did you mean ...?` with the nearest option (and what it stands for), or nothing where none is near."""
+    """`; did you mean ...?` with the nearest option and the setting it is an alias of; empty if none is near."""
     matches = difflib.get_close_matches(name, list(options), n=1)
     if not matches:
         return ""

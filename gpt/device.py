@@ -1,4 +1,4 @@
-"""Which device and dtype a run computes on, and a loud word where a GPU is present but cannot be used."""
+"""Device and dtype of a run, with a warning if a GPU is present but unusable."""
 
 import ctypes
 import gc
@@ -15,15 +15,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def find_gpu() -> tuple[bool, str | None]:
-    """Whether torch can use a GPU and, where one is present that it cannot use, why, with the remedy."""
-    with warnings.catch_warnings(record=True) as said:  # torch says here why a driver does not serve
+    """Whether torch can use a GPU and, if one is present but unusable, the reason and the remedy."""
+    with warnings.catch_warnings(record=True) as caught:  # torch warns here if the driver is unusable
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    return available, None if available else _lost_gpu([str(w.message) for w in said])
+    return available, None if available else _lost_gpu([str(w.message) for w in caught])
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is a GPU where one works and the CPU otherwise.
+    """The device of that name; "auto" is a GPU if one works and the CPU otherwise.
 
     A GPU that is present but unusable is reported on stderr, with the remedy.
 
@@ -59,8 +59,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def _lost_gpu(said: list[str]) -> str | None:
-    """Why a GPU that the driver lists cannot be used from this torch, or None where there is none."""
+def _lost_gpu(messages: list[str]) -> str | None:
+    """Why this torch cannot use a GPU that the driver lists; None if there is no GPU."""
     if shutil.which("nvidia-smi") is None:
         return None
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=False)
@@ -69,30 +69,27 @@ def _lost_gpu(said: list[str]) -> str | None:
     gpu = listed.stdout.splitlines()[0].split(" (")[0]
     if torch.version.cuda is None:
         return f"{gpu}; torch {torch.__version__} is a build for CPUs. Install a CUDA build: pip install --upgrade torch"
-    reason = (
-        said[0].splitlines()[0]
-        if said
-        else f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot start it"
-    )
+    unknown = f"torch {torch.__version__} (CUDA {torch.version.cuda}) cannot start it"
+    reason = messages[0].splitlines()[0] if messages else unknown
     return f"{gpu}; {reason} Update the driver, or install a torch for its CUDA version"
 
 
 def keep_freed_memory() -> None:
-    """Let the process keep the memory that a training step frees, for the next step.
+    """Keep the memory that a training step frees for the next step.
 
-    glibc gives large blocks back to the kernel, which then clears every page of them again: on two cores a step of
-    24 x 160 tokens takes 74 ms instead of 104. Other C libraries are left as they are.
+    glibc returns large blocks to the operating system, which clears every page again. Keeping them takes a step of 24 x 160
+    tokens on two cores from 104 ms to 74. Other C libraries are not changed.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks up to 32 MiB, the most it takes, come from the heap
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: whose free end stays
-        mallopt(-2, 64 << 20)  # M_TOP_PAD: and which grows by 64 MiB at a time
+        mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: blocks up to 32 MiB, its maximum, come from the heap
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap is never trimmed
+        mallopt(-2, 64 << 20)  # M_TOP_PAD: the heap grows by 64 MiB at a time
 
 
 @contextmanager
 def settled_heap() -> Iterator[None]:
-    """Spare the garbage collector what is there now: 0.3 million objects, each walk through them a third of a second."""
+    """Exclude present objects from garbage collection: 0.3 million, and each pass over them takes a third of a second."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,6 +1,6 @@
-"""What this machine will run: versions, device and compilers, and every operator checked against float64.
+"""`gpt doctor`: versions, device and compilers, and a check of every operator against float64.
 
-`gpt doctor` prints it. It works without a GPU and without Triton, and says what they would need.
+It works without a GPU and without Triton, and reports what they would need.
 """
 
 import platform
@@ -19,7 +19,7 @@ from .device import find_gpu, pick_device
 
 
 def examine(device_name: str = "auto") -> bool:
-    """Print what this machine has and how every operator does on it; returns whether all of them are right.
+    """Print the facts of this machine and a check of every operator; returns whether all are right.
 
     Raises:
         ValueError: there is no such device here.
@@ -42,7 +42,7 @@ def examine(device_name: str = "auto") -> bool:
 
 
 def facts(device: torch.device) -> Iterator[tuple[str, str]]:
-    """What the machine has, as (name, value), and what is missing or doubtful."""
+    """Facts of the machine as (name, value), with what is missing or doubtful."""
     yield "fusedgpt", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
     toolkit = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
@@ -55,7 +55,7 @@ def facts(device: torch.device) -> Iterator[tuple[str, str]]:
     else:
         yield "triton", f"none ({_triton.MISSING}): no fused kernels; pip install triton"
 
-    architecture = "sm_90"  # the one whose compiler matters
+    architecture = "sm_90"  # whose ptxas matters most
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         if not _triton.INTERPRETED:
@@ -98,7 +98,7 @@ def driver() -> str:
 
 
 def table(checks: list[Check]) -> list[str]:
-    """The lines of a table: each operator, what runs it, its error beside what is allowed, and why that backend."""
+    """The lines of a table: operator, implementation, error, tolerance, verdict, and the reason for the implementation."""
     lines = [("operator", "runs in", "error", "allowed", "", "because")]
     for check in checks:
         runs_in = {"triton": "Triton", "torch": "PyTorch"}.get(check.backend, check.backend)

@@ -1,8 +1,8 @@
-"""Weights and tokenizers in and out of the format that transformers' GPT-2 has on disk.
+"""Import and export of weights and tokenizers in transformers' GPT-2 format.
 
 The format is a folder with config.json, model.safetensors (or several files with an index) and a tokenizer. Its
-Conv1D layers store their weights as (in, out), ours are (out, in); the rest has the same names and shapes, behind
-`transformer.` or not. No file that needs unpickling is read.
+Conv1D layers store their weights as (in, out), ours are (out, in); everything else has the same names and shapes, with
+or without the prefix `transformer.`. No file is unpickled.
 """
 
 import json
@@ -21,7 +21,7 @@ from .model import GPT
 PREFIX = "transformer."
 OWN_TOKENIZER = "fusedgpt-tokenizer.json"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, which old files carry
+BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored in old files
 SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
 # What our GPT computes. A key that config.json leaves out has this value too; so it is with SIZES and RATES.
@@ -237,7 +237,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
 
 
 def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any] | None:
-    """A byte-level BPE as the tokenizers library stores it; None if a special token is spelt like another token.
+    """A byte-level BPE as the tokenizers library stores it; None if a special token is spelled like another token.
 
     There a byte is written as a printable character: itself, or U+0100 and what follows for the 68 others (Radford et
     al., 2019, released code).

@@ -1,4 +1,4 @@
-"""The records of a run: metrics.jsonl on disk, and what they say about overfitting."""
+"""The records of a run: metrics.jsonl on disk, and the detection of overfitting. Needs no torch."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Tracker(Protocol):
-    """Where records go besides metrics.jsonl."""
+    """A further destination of records, see `gpt/train/trackers.py`."""
 
     def write(self, record: dict[str, Any]) -> None: ...
 
@@ -16,10 +16,10 @@ class Tracker(Protocol):
 
 
 class MetricsLog:
-    """An append-only file of JSON lines, one a record, that a crash at any moment leaves readable.
+    """An append-only file with one JSON record per line, readable after a crash at any moment.
 
-    Each line is one write of its own, forced to disk. Opening the file removes what a crash left of a last line and,
-    where a run is continued from an earlier step, the records of later steps.
+    Each line is a single write, forced to disk. Opening the file removes an incomplete last line and, if a run is resumed
+    from an earlier step, the records of later steps.
     """
 
     def __init__(self, path: Path, step: int = 0, trackers: Iterable[Tracker] = ()) -> None:
@@ -45,12 +45,12 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that a crash cut off is left out."""
+    """Read the records of a metrics.jsonl, without an incomplete last line."""
     if not path.exists():
         return []
     records = []
     lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is empty or cut off
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last line break is empty or incomplete
         try:
             records.append(json.loads(line))
         except ValueError:
@@ -59,7 +59,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def overfitting(history: Iterable[dict[str, Any]]) -> str | None:
-    """A sentence once validation has risen above its best for two evaluations running while training improves."""
+    """Return a warning once validation has risen above its best in two evaluations in a row while training improves."""
     evaluations = [record for record in history if "val_loss" in record]
     if len(evaluations) < 3:
         return None

@@ -1,4 +1,4 @@
-"""Gradients, optimizers and learning-rate schedules: which parameter is updated how, and how fast at which step."""
+"""Gradients, optimizers and learning-rate schedules."""
 
 import math
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from .config import TrainConfig
 
-_ROW = 4096  # elements of the buffer whose squares are summed apart
+_ROW = 4096  # elements of the buffer whose squares are summed first
 
 
 class FlatGradients:
-    """The gradients of float32 parameters in one buffer: what is done to all of them is one call.
+    """The gradients of float32 parameters in one buffer, so that one call processes them all.
 
-    Every `.grad` is a view of it from then on, so it must be zeroed here and never be set to None.
+    Every `.grad` is a view of the buffer: zero it with `zero`, never set it to None.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        sizes = [-(-p.numel() // 32) * 32 for p in parameters]  # views begin at multiples of 128 bytes
+        sizes = [-(-p.numel() // 32) * 32 for p in parameters]  # views start at multiples of 128 bytes
         device = parameters[0].device
         self.buffer = torch.zeros(-(-sum(sizes) // _ROW) * _ROW, device=device)
         for p, part in zip(parameters, self.buffer[: sum(sizes)].split(sizes), strict=True):
             p.grad = part[: p.numel()].view_as(p)
 
     def norm(self) -> Tensor:
-        """The norm of all gradients together, of rows first: a CPU's sum over all at once is off by 3e-3 at 40 M."""
+        """The global norm, by rows first: a CPU's single sum is off by 3e-3 at 40 M elements."""
         return torch.linalg.vector_norm(torch.linalg.vector_norm(self.buffer.view(-1, _ROW), dim=1))
 
     def zero(self) -> None:
@@ -35,18 +35,18 @@ class FlatGradients:
 
 @dataclass(frozen=True)
 class Optimizers:
-    """The optimizers of one model; each of its parameters belongs to exactly one of them."""
+    """The optimizers of one model; each parameter belongs to exactly one."""
 
     all: tuple[Optimizer, ...]
     peak_lrs: tuple[float, ...]
 
     @property
     def capturable(self) -> bool:
-        """Whether `step` can be part of a CUDA graph: Muon's learning rate is a number of the host."""
+        """Whether `step` can be captured in a CUDA graph: Muon's learning rate is a number on the host."""
         return all(isinstance(optimizer, AdamW) for optimizer in self.all)
 
     def set_lr(self, factor: float) -> None:
-        """Set every learning rate to this share of its peak."""
+        """Set every learning rate to this fraction of its peak."""
         for optimizer, peak in zip(self.all, self.peak_lrs, strict=True):
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):
@@ -55,9 +55,9 @@ class Optimizers:
                     group["lr"] = peak * factor
 
     def step(self, divisor: Tensor | None, found_inf: Tensor) -> None:
-        """Update the weights with the gradients over `divisor` (None: as they are), or not at all where found_inf is 1.
+        """Update the weights with the gradients divided by `divisor` (None: undivided); skip if found_inf is 1.
 
-        Both are float32 scalars on the parameters' device. AdamW's kernel reads them there; Muon waits for found_inf.
+        Both are float32 scalars on the parameters' device. AdamW's kernel reads them there; Muon synchronises to read found_inf.
         """
         for optimizer in self.all:
             if isinstance(optimizer, AdamW):  # torch's fused kernel takes these as attributes, see GradScaler
@@ -74,7 +74,7 @@ class Optimizers:
         return {id(p): state for optimizer in self.all for p, state in optimizer.state.items()}
 
     def load_state(self, state: dict[int, dict[str, Tensor]]) -> None:
-        """Put back what `state` returned; parameters that it lacks start afresh. Before the first step: a graph keeps
+        """Restore what `state` returned; parameters missing from it start afresh. Call it before the first step: a graph keeps
         the addresses of the state it was captured with."""
         for optimizer in self.all:
             for group in optimizer.param_groups:
@@ -84,7 +84,7 @@ class Optimizers:
 
 
 def build_optimizers(model: nn.Module, config: TrainConfig) -> Optimizers:
-    """AdamW for everything (Loshchilov and Hutter, 2019), or Muon for the blocks' matrices beside it (Jordan, 2024).
+    """AdamW for everything (Loshchilov and Hutter, 2019), or with Muon for the blocks' matrices (Jordan, 2024).
 
     Matrices and embeddings decay, vectors (biases and LayerNorms) do not.
     """
@@ -111,7 +111,7 @@ def build_optimizers(model: nn.Module, config: TrainConfig) -> Optimizers:
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
-    """The learning rate at a step (from 0), as a share of its peak: linear warm-up, then the schedule.
+    """The learning rate at a step (from 0) as a fraction of its peak: linear warm-up, then the schedule.
 
     cosine: Loshchilov and Hutter (2017); wsd (warm-up, stable, decay): Hu et al. (2024, MiniCPM).
     """

@@ -1,4 +1,4 @@
-"""The picture of a run: its loss curves, training and validation."""
+"""The loss curves of runs, training and validation, as a picture."""
 
 import os
 from pathlib import Path
@@ -7,11 +7,11 @@ from .metrics import read_metrics
 
 
 def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
-    """Draw the loss curves of runs, training and validation, as a PNG; returns its path.
+    """Draw the training and validation loss of runs as a PNG; returns its path.
 
     Args:
         runs: run folders.
-        out: the file; by default loss_curve.png in the run's folder (of the first run).
+        out: the file; by default loss_curve.png in the folder of the first run.
 
     Raises:
         FileNotFoundError, ValueError: a folder is not a run, or its log holds nothing yet.
@@ -47,7 +47,7 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
             axes.axhline(floor, color=colour, ls=":", label=f"{label}best possible {floor:.3f}")
     axes.set(xlabel="step", ylabel="loss, nats a token", title=", ".join(run.name for run in runs))
     low, high = axes.dataLim.intervaly
-    if high > 5 * low > 0:  # else the first steps take all the room
+    if high > 5 * low > 0:  # otherwise the first steps take most of the axis
         axes.set_yscale("log")
         ticks = [
             tick

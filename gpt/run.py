@@ -1,10 +1,12 @@
-"""A run on disk: its folder, its checkpoints, and the way back into memory.
+"""A run on disk: its folder, its checkpoints, and loading them.
+
+Training, generation, evaluation and export share it.
 
     config.toml  tokenizer.json  metrics.jsonl  loss_curve.png  samples.txt
     checkpoints/step-000500/  model.safetensors  optimizer.safetensors  state.json
 
-A checkpoint is written under a temporary name and renamed when it is whole, so every folder named step-* can be
-loaded. Weights are stored at the vocabulary's true size under the model's own names.
+A checkpoint is written under a temporary name and renamed when complete, so every folder named step-* can be loaded.
+Weights are stored at the vocabulary's true size under the model's own names.
 """
 
 import json
@@ -32,22 +34,24 @@ _NAME = re.compile(r"step-(\d{6,})")
 
 @dataclass
 class Run:
-    """A trained model with all that belongs to it."""
+    """A trained model with its configuration and tokenizer."""
 
     path: Path
     config: RunConfig
     tokenizer: Tokenizer
     model: GPT
     step: int
+    trained_on: int | None
+    """`data.loader.checksum` of its training tokens; None where the run did not train."""
 
 
 def create_run(
     out: Path, config: RunConfig, model: GPT, tokenizer: Tokenizer, origins: Mapping[str, str]
 ) -> None:
-    """Make a run folder around a model: configuration, tokenizer and a checkpoint of step 0.
+    """Create a run folder from a model: configuration, tokenizer and a checkpoint of step 0.
 
     Raises:
-        FileExistsError: the folder holds something already.
+        FileExistsError: the folder is not empty.
     """
     start_run(out, tokenizer)
     write_config(out / "config.toml", config, origins)
@@ -55,10 +59,10 @@ def create_run(
 
 
 def start_run(out: Path, tokenizer: Tokenizer) -> None:
-    """Make a run folder, with the tokenizer in it.
+    """Create a run folder with its tokenizer.
 
     Raises:
-        FileExistsError: the folder holds something already.
+        FileExistsError: the folder is not empty.
     """
     require_unused(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def start_run(out: Path, tokenizer: Tokenizer) -> None:
 
 
 def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
-    """The newest checkpoint of a run, with its tokenizer and configuration.
+    """Load the newest checkpoint of a run, with its tokenizer and configuration.
 
     Raises:
         FileNotFoundError: no such run, or no checkpoint in it.
@@ -81,11 +85,12 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
     with torch.device(device):
         model = GPT(config.model)
     load_model(model, checkpoint)
-    return Run(path, config, tokenizer, model.eval(), read_state(checkpoint)["step"])
+    state = read_state(checkpoint)
+    return Run(path, config, tokenizer, model.eval(), state["step"], state.get("loader", {}).get("data"))
 
 
 def require_fit(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
-    """Raise ValueError where a run's tokenizer is not the one that its model was trained with."""
+    """Raise ValueError if a run's tokenizer is not the one that its model was trained with."""
     if tokenizer.vocab_size != model.vocab_size:
         raise ValueError(
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model {model.vocab_size}; "
@@ -94,7 +99,7 @@ def require_fit(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
 
 
 def latest_checkpoint(path: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
+    """The newest complete checkpoint of a run."""
     found = checkpoints(path)
     return found[-1] if found else None
 
@@ -128,7 +133,7 @@ def save_checkpoint(
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` was given as state."""
+    """Read the state that `save_checkpoint` wrote."""
     try:
         return json.loads((checkpoint / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -138,7 +143,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:
-    """The weights by name, at the vocabulary's true size, on the CPU."""
+    """Weights by name, at the vocabulary's true size, on the CPU."""
     padded = {id(table) for table in model.vocabulary_tables()}
     return {
         name: (p.detach()[: model.config.vocab_size] if id(p) in padded else p.detach()).cpu().contiguous()
@@ -168,7 +173,7 @@ def load_model(model: GPT, checkpoint: Path) -> None:
 
 
 def load_optimizers(model: GPT, optimizers: Optimizers, checkpoint: Path) -> None:
-    """Put an optimizer's state back; a checkpoint without one (an imported model) leaves it fresh."""
+    """Restore the optimizer's state; a checkpoint without one (an imported model) leaves it unchanged."""
     file = checkpoint / "optimizer.safetensors"
     if not file.exists():
         return
@@ -177,7 +182,7 @@ def load_optimizers(model: GPT, optimizers: Optimizers, checkpoint: Path) -> Non
     for key, tensor in _load(file).items():
         name, _, part = key.rpartition("|")
         p = parameters[name]
-        # step counters stay where the optimizer keeps them: fused AdamW wants them on the parameter's device
+        # step counters too: fused AdamW needs them on the parameter's device
         state.setdefault(id(p), {})[part] = tensor.to(p.device)
     optimizers.load_state(state)
 
@@ -201,7 +206,7 @@ def _load(file: Path) -> dict[str, Tensor]:
 
 
 def _flush(path: Path) -> None:
-    """Make what was written survive a loss of power."""
+    """Force a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,8 +1,8 @@
-"""Where the settings of a run come from, and the file that keeps them.
+"""The sources of a run's settings, and the file that stores them.
 
-Five layers, each over the one before: defaults, a preset, the run that is resumed, a TOML file, flags. `config.toml` in a
+Five layers, each overriding the one before: defaults, a preset, the resumed run, a TOML file, flags. `config.toml` in a
 run's folder holds the result with the origin of every value, and is itself a file that `--config` and `--resume` read.
-No torch here: a mistake in the settings shows at once.
+This file does not import torch, so a mistake in the settings is reported at once.
 """
 
 import json
@@ -30,14 +30,14 @@ from .config import (
 DEFAULT_PRESET = "small"
 SECTIONS = ("model", "train")
 TYPES: dict[str, Any] = get_type_hints(ModelConfig) | get_type_hints(TrainConfig)
-# What a run cannot change once it has begun: its weights and its tokens would no longer fit.
+# Settings that a resumed run cannot change: its weights or its tokens would no longer fit.
 FIXED = (*(f.name for f in fields(ModelConfig) if f.name not in DROPOUTS), "tokenizer", "bpe_vocab_size")
 _TAKES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A run before it starts: `origins` says of every key whether it is a default or which preset, run, file or flag set it."""
+    """The settings of a run to start; `origins` has the source of every value: default, preset, run, file or flag."""
 
     config: RunConfig
     out: Path
@@ -46,9 +46,9 @@ class Settings:
 
 
 def merge(*layers: tuple[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The values of layers (origin, values), each over the one before, and the origin of each value.
+    """Merge layers of (origin, values), each overriding the one before; returns the values and the origin of each.
 
-    A layer that sets `steps` without `epochs` means steps: the epochs of the layers below are gone.
+    A layer that sets `steps` without `epochs` removes the epochs of the layers below.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -63,7 +63,7 @@ def merge(*layers: tuple[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[
 def below_flags(
     preset_name: str | None, file: Path | None, resume: Path | None
 ) -> list[tuple[str, Mapping[str, Any]]]:
-    """The layers that flags go over; `resolve` has the arguments and errors."""
+    """The layers that flags override. Arguments and errors are those of `resolve`."""
     layers: list[tuple[str, Mapping[str, Any]]] = [
         ("default", RunConfig(ModelConfig(), TrainConfig()).flat())
     ]
@@ -86,14 +86,14 @@ def resolve(
     resume: Path | None = None,
     out: Path | None = None,
 ) -> Settings:
-    """Lay the sources of settings over each other: defaults < preset < resumed run < file < flags.
+    """Merge the sources of settings: defaults < preset < resumed run < file < flags.
 
     Args:
-        flags: settings by name; other implementations' names (`ALIASES`) are known.
-        preset_name: one of `PRESETS`; `DEFAULT_PRESET` where there is no run to resume either.
+        flags: settings by name or alias (`ALIASES`).
+        preset_name: one of `PRESETS`; without it and without `resume`, `DEFAULT_PRESET`.
         file: a TOML file, see `read_config`.
         resume: the folder of a run to continue.
-        out: the folder of a new run; by default `runs/<preset>`, numbered where that is in use.
+        out: the folder of a new run; by default `runs/<preset>`, numbered if that is in use.
 
     Raises:
         ValueError: an unknown preset or key (the nearest is named), a wrong type or value, settings that do not fit together
@@ -128,7 +128,7 @@ def _in_use(folder: Path) -> bool:
 
 
 def require_unused(folder: Path) -> None:
-    """Raise FileExistsError where `folder` is a file or holds anything: nothing is ever written over."""
+    """Raise FileExistsError if `folder` is a file or not empty: nothing is ever overwritten."""
     if (folder / "config.toml").exists():
         raise FileExistsError(
             f"{folder}: output folder in use, it holds a run; continue that with: gpt train --resume {folder}, "
@@ -159,10 +159,10 @@ def read_run(run: Path) -> dict[str, Any]:
 def read_config(path: Path) -> dict[str, Any]:
     """The settings in a TOML file by their own names: in sections [model] and [train], or flat.
 
-    A float may be written as a whole number; every other value has exactly the type that its setting takes.
+    A float may be written as a whole number; every other value must have exactly the type of its setting.
 
     Raises:
-        ValueError: no TOML (the line is named), an unknown section or key (the nearest is named), a wrong type.
+        ValueError: invalid TOML (the line is named), an unknown section or key (the nearest is named), a wrong type.
         OSError: the file cannot be read.
     """
     try:
@@ -183,12 +183,12 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> None:
-    """Write every setting as TOML, with a comment that says where it came from ("default" where `origins` does not say)."""
+    """Write every setting as TOML with its origin in a comment; "default" if `origins` lacks it."""
     lines = ["# The settings of this run. Another one like it: gpt train --config THIS_FILE --out FOLDER"]
     for section, values in asdict(config).items():
         lines += ["", f"[{section}]"]
         for key, value in values.items():
-            # JSON's numbers, booleans and strings are TOML's too, but for DEL, which TOML wants escaped
+            # JSON's numbers, booleans and strings are valid TOML, except that TOML wants DEL escaped
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             origin = "".join(c if c.isprintable() else "?" for c in origins.get(key, "default"))
             lines.append(f"{f'{key} = {text}':<40}  # from {origin}")
@@ -198,7 +198,7 @@ def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> N
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The same values under this project's names, their types checked; whole numbers for floats become floats."""
+    """Translate aliases, check types, and convert whole numbers to float where the setting is one."""
     result = canonical(values, KEYS, where)
     for key, value in result.items():
         kind = TYPES[key]
@@ -211,7 +211,7 @@ def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether value has exactly the type (True is no whole number), or is one of the literals."""
+    """Whether value has exactly that type (True is not a whole number) or is one of the literals."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
     return type(value) in ((int, float) if kind is float else (kind,))

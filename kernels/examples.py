@@ -116,13 +116,16 @@ class Parity(NamedTuple):
         return self.error <= self.allowed  # False for NaN
 
 
-def compare(ours: Tensor, torchs: Tensor, exact: Tensor, slack: str = "rounding") -> Parity:
+def compare(
+    ours: Tensor, torchs: Tensor, exact: Tensor, slack: str = "rounding", largest: float = 0.0
+) -> Parity:
     """The rule: err(ours) <= 2 err(PyTorch in the same dtype) + slack, both errors the largest against float64.
 
     Args:
         slack: a name out of SLACK, in units in the last place of the largest value.
+        largest: that value, by default the largest of `exact`.
     """
-    largest = exact.abs().max().item() or 1.0
+    largest = largest or exact.abs().max().item() or 1.0
     error, torch_error = ((t.double() - exact).abs().max().item() / largest for t in (ours, torchs))
     return Parity(error, 2 * torch_error + SLACK[slack] * torch.finfo(ours.dtype).eps)
 
@@ -160,9 +163,9 @@ def embed(
 ) -> Example:
     """out_dtype: of the output where the tables are not float64. often: a token that is a twentieth of all."""
 
-    def call(wte: Tensor, **rest: Tensor) -> Tensor:
+    def call(wte: Tensor, stream: int = 1, **rest: Any) -> Tensor:
         dtype = None if wte.dtype == torch.float64 else out_dtype
-        return kernels.embed(wte=wte, dropout_p=p, stream=1, out_dtype=dtype, **rest)
+        return kernels.embed(wte=wte, dropout_p=p, stream=stream, out_dtype=dtype, **rest)
 
     ids = Integers((batch, length), vocabulary, *(() if often is None else (often, 20)))
     tables = {"wte": (vocabulary, columns), "wpe": (length, columns)}
@@ -361,4 +364,6 @@ def compiled() -> Iterator[tuple[Example, torch.dtype]]:
         yield causal_attention(1, rows, 1, 64, p, first_key), fp32
     for head_dim in (64, 128):
         yield attention(2, rows, rows, 1, head_dim, p, shared=True), bf16
-        yield attention(2, 1, rows, 1, head_dim, first_key=True, trained=False), bf16
+        for shared in (False, True):
+            yield attention(2, 1, rows, 1, head_dim, 0.0, True, shared, trained=False), bf16
+    yield attention(2, 1, rows, 1, 64, 0.0, True, trained=False), fp32

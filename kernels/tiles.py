@@ -1,8 +1,8 @@
-"""Tile sizes by kernel, GPU architecture and width: tables, with where each row came from.
+"""Tile sizes by kernel, GPU architecture and width: tables, with the origin of each row.
 
-A launcher asks for the row and passes it on; nothing is tuned at start-up. Measured rows are pasted from
-`python -m fusedgpt.bench tiles`; an "offline" row was compiled without a GPU and judged by registers and spills
-(`make kernels-report`). An architecture without rows of its own uses "any", which is kept free of spills everywhere.
+A launcher looks up its row; nothing is tuned at start-up. Measured rows are pasted from `python -m fusedgpt.bench tiles`.
+An "offline" row was chosen without a GPU, by registers and spills (`make kernels-report`). An architecture without rows
+of its own uses "any", which must not spill on any architecture.
 """
 
 from functools import cache
@@ -20,7 +20,7 @@ class Hardware(NamedTuple):
 
 @cache
 def hardware(device: torch.device) -> Hardware:
-    """What a table is looked up by. Under Triton's interpreter: two processors, so that partial sums are several."""
+    """The key of the tables. Triton's interpreter counts as two multiprocessors, so that there are several partial sums."""
     if INTERPRETED:
         return Hardware("interpreter", 2)
     properties = torch.cuda.get_device_properties(device)
@@ -30,42 +30,42 @@ def hardware(device: torch.device) -> Hardware:
 
 
 class Tile(NamedTuple):
-    """How a kernel over rows cuts its work."""
+    """The tile of a kernel over rows."""
 
-    limit: int  # the widest row this is for
+    limit: int  # the widest row it serves
     block: int  # columns a program holds at once; a narrower row takes the next power of two
     rows: int  # rows a program holds at once
     warps: int
-    stages: int  # of the loop over tiles; above 1 the next tile is copied to shared memory meanwhile
-    programs: int  # persistent programs a multiprocessor; 0: one program a tile
+    stages: int  # of the loop over tiles; above 1 the next tile is prefetched into shared memory
+    programs: int  # persistent programs per multiprocessor; 0: one program per tile
     origin: str
 
 
 class MatmulTile(NamedTuple):
-    """How a matmul of our own, (M, K) times (K, N) with a last step of its own, cuts its work."""
+    """The tile of a fused matmul, (M, K) times (K, N) with an epilogue."""
 
-    limit: int  # the widest model this is for
-    rows: int  # of the result; 0: no matmul of our own, the library's and a pass after it
+    limit: int  # the widest model it serves
+    rows: int  # of the result; 0: the library's matmul and a separate pass
     block: int  # columns of the result
     depth: int  # of K at once
     warps: int
     stages: int  # of the loop over K
-    split: int  # pieces that the last step takes the result in
-    programs: int  # persistent programs a multiprocessor
+    split: int  # pieces that the epilogue processes one after another
+    programs: int  # persistent programs per multiprocessor
     origin: str
 
 
 class OnePassTile(NamedTuple):
-    """How the backward of attention cuts its work in one pass, and where that is expected to win."""
+    """The tile of attention's one-pass backward, and where one pass is expected to win."""
 
-    limit: int  # the widest head this is for
+    limit: int  # the widest head it serves
     block: int  # keys
     rows: int  # queries; 0: two passes
     warps: int
     stages: int  # of the loop over queries
-    programs: int  # a multiprocessor holds; each owns a head
-    busy: int  # percent of these programs that heads must give work to, on average until the last is done
-    cached: int  # MiB that the sums of dq of the heads in work may take
+    programs: int  # per multiprocessor; each owns a head
+    busy: int  # percent of these programs that must have a head, averaged over the kernel's run time
+    cached: int  # MiB that the dq accumulators of the heads in flight may take
     origin: str
 
 
@@ -82,9 +82,9 @@ _Row = TypeVar("_Row", Tile, OnePassTile)
 ANY = 1 << 31
 _OFFLINE = "offline"
 
-# Persistent programs keep the parameters and the dropout keys of their columns in registers, so warps are many enough
-# to leave each thread 8 to 16 elements a row. No more programs than are resident at once share the rows: one that
-# waits for another to end would double the time. The report holds that against the registers.
+# Persistent programs keep the parameters and the dropout keys of their columns in registers, so there are enough warps
+# for each thread to hold 8 to 16 elements of a row. All programs are resident at once: one that waits for another to
+# end would double the time. `make kernels-report` checks that against occupancy.
 _FORWARD = (
     Tile(64, 64, 16, 1, 1, 12, _OFFLINE),
     Tile(256, 256, 4, 1, 1, 16, _OFFLINE),
@@ -118,24 +118,28 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 }
 
 
-# Attention: limit is a head's width, rows are queries, block is keys. "any" is for the tensor cores of Ampere and Ada
+# Attention: limit is the head dimension, rows are queries, block is keys. "any" suits the tensor cores of Ampere and Ada
 # and stays below the 99 KiB of shared memory of consumer GPUs. sm_90 forward: with 64 queries a tile, 12 × 64 heads of
 # 1024 would fetch 1.8 GB of keys and values, with 128 half of that; 128 × 64 with 4 warps takes 211 registers, and by
 # pointer 254 and spills with dropout. float32 multiplies without tensor cores, from registers: heads wider than 64 spill
 # at any tile.
 # Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
 #     forward 168 · 218 | 173 · 174    dq 122 · 155 | 122 · 138    dk, dv 205 · 253 | 204 · 255
-# By pointer dk, dv spill there under 3.6, 12 bytes at 64 and 32 at 128: what no descriptor holds takes the rows of "any".
+# By pointer dk, dv spill there under 3.6, 12 bytes at 64 and 32 at 128: what no descriptor can hold uses the rows of "any".
 # sm_100 by pointer: the rows of "any" spill 4 bytes in dk, dv at 64 under 3.9 and 20 in the forward at 128 under 3.6, those
 # of sm_100 92 in dk, dv at 64 under 3.6. "any" on sm_80 with first_key: 8 bytes in dk, dv at 64, under 3.6 alone.
-# Where tiles come by tensor descriptors, and the rows for what no descriptor holds:
+# Architectures that load by tensor descriptor, and the rows for what no descriptor can hold:
 DESCRIPTORS = {"sm_90": "any", "sm_100": "sm_100 by pointer"}
 ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 32, 128, 8, 2, 0, _OFFLINE)),
     "sm_90": (Tile(64, 128, 128, 8, 2, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
     "sm_100": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 128, 128, 8, 2, 0, _OFFLINE)),
     "sm_100 by pointer": (Tile(128, 64, 128, 8, 2, 0, _OFFLINE),),
-    "gfx942": (Tile(64, 32, 128, 4, 2, 0, _OFFLINE), Tile(128, 32, 128, 8, 2, 0, _OFFLINE)),
+    "gfx942": (
+        Tile(32, 32, 128, 4, 1, 0, _OFFLINE),  # 2 stages spill 8 bytes with dropout under 3.9
+        Tile(64, 32, 128, 4, 2, 0, _OFFLINE),
+        Tile(128, 32, 128, 8, 2, 0, _OFFLINE),
+    ),
     "float32": (Tile(64, 32, 32, 4, 1, 0, _OFFLINE),),
     "interpreter": (Tile(128, 16, 32, 1, 1, 0, ""),),
 }
@@ -156,34 +160,33 @@ ATTENTION_KEY: dict[str, tuple[Tile, ...]] = {
     "float32": (Tile(64, 32, 16, 4, 1, 0, _OFFLINE),),
     "interpreter": (Tile(128, 32, 16, 1, 1, 0, ""),),
 }
-# Few queries over a long cache, the forward pass alone: it waits for memory, so the tile of queries is the smallest
-# that tensor cores take and the keys fill the pipeline.
+# Decoding: few queries over a long cache, forward only. Memory-bound, so the query tile is the smallest that tensor cores
+# take and the keys fill the pipeline.
 ATTENTION_DECODE: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 128, 16, 4, 3, 0, _OFFLINE), Tile(128, 64, 16, 4, 3, 0, _OFFLINE)),
     "gfx942": (Tile(64, 64, 16, 4, 2, 0, _OFFLINE), Tile(128, 32, 16, 4, 2, 0, _OFFLINE)),
     "float32": (Tile(64, 32, 16, 4, 1, 0, _OFFLINE),),
     "interpreter": (Tile(128, 16, 16, 1, 1, 0, ""),),
 }
-# The backward in one pass; programs: how many a multiprocessor holds. Without · with dropout (Triton 3.6 | 3.9), at 64:
-# 214 · 244 | 217 · 254 registers, 97 KiB, no spill, 5 matmuls and 65 exponentials' instructions where two passes have 7
-# and 136. 128 queries a tile spill, 64 to 488 bytes, with 64 keys or 128. 64 × 64 with 4 warps, two programs to
-# a multiprocessor, adds twice the bytes to dq, and under 3.9 32 bytes spill with dropout. By pointer 12 to 100 bytes spill.
-# At 128 two passes stay: 64 keys × 32 queries alone spill nothing (236 · 250 registers), with matmuls too small for wgmma.
+# The one-pass backward. Registers without · with dropout (Triton 3.6 | 3.9), at 64:
+# 214 · 244 | 217 · 254, 97 KiB, no spill, 5 matmuls and 65 instructions for exponentials where two passes have 7 and 136.
+# 128 queries a tile spill, 64 to 488 bytes, with 64 keys or 128. 64 × 64 with 4 warps, two programs per multiprocessor,
+# adds twice the bytes to dq, and under 3.9 spills 32 bytes with dropout. By pointer 12 to 100 bytes spill.
+# At 128 two passes remain: only 64 keys × 32 queries do not spill (236 · 250 registers), with matmuls too small for wgmma.
 # Two passes have 1.4 times the matmuls, so one pass may leave a quarter of the GPU idle; 48 MiB of an H200's cache hold
-# the sums of dq.
+# the dq accumulators.
 TWO_PASSES = OnePassTile(ANY, 0, 0, 0, 0, 0, 0, 0, _OFFLINE)
 ATTENTION_ONE_PASS: dict[str, tuple[OnePassTile, ...]] = {
     "any": (TWO_PASSES,),
     "sm_90": (OnePassTile(64, 128, 64, 8, 2, 1, 75, 48, _OFFLINE), TWO_PASSES),
 }
 
-# Reductions over rows that are read once: enough loads in flight at any width, and no row is worth tuning offline.
+# Reductions over rows that are read once: enough loads in flight at any width; offline there is nothing to tune.
 COLUMN_SUM: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(ANY, 128, 32, 4, 1, 8, _OFFLINE),),
     "interpreter": (Tile(ANY, 32, 8, 1, 1, 2, ""),),
 }
-# The embedding's gradient: a row of up to 1024 bfloat16 is one load of 16 bytes by each thread, so that rows are added
-# within threads.
+# The embedding's gradient: a row of up to 1024 bfloat16 is one 16-byte load per thread, so rows are added within threads.
 EMBED: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(128, 128, 16, 4, 1, 0, _OFFLINE), Tile(ANY, 1024, 4, 4, 1, 0, _OFFLINE)),
     "interpreter": (Tile(ANY, 128, 16, 1, 1, 0, ""),),
@@ -198,8 +201,8 @@ ROW_SUMS: dict[str, tuple[Tile, ...]] = {
 }
 
 
-# The feed-forward sub-layer. Its passes beside the library's matmuls, 16 bytes a thread and row. The backward keeps the
-# sums of its tile for the bias's gradient: 89 registers in bfloat16 and 120 in float32, where the forward has 48 and 64.
+# The feed-forward sub-layer: element-wise passes beside the library's matmuls, 16 bytes per thread and row. The backward
+# keeps partial sums for the bias's gradient: 89 registers in bfloat16 and 120 in float32, the forward has 48 and 64.
 GELU_FORWARD: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(ANY, 256, 16, 4, 1, 5, _OFFLINE),),
     "interpreter": (Tile(ANY, 64, 16, 1, 1, 1, ""),),
@@ -209,8 +212,8 @@ GELU_BACKWARD: dict[str, tuple[Tile, ...]] = {
     "interpreter": (Tile(ANY, 64, 16, 1, 1, 1, ""),),
 }
 
-# Its matmuls with GELU as their last step, where a sweep showed one faster than the library's and a pass: no GPU has
-# run the sweep yet. limit is C; float32 multiplies without tensor cores, and the library does that faster.
+# Its matmuls with GELU as their epilogue, where a sweep showed one faster than the library's and a pass; no GPU has run
+# the sweep yet. limit is C. float32 multiplies without tensor cores, which the library does faster.
 LIBRARY = MatmulTile(ANY, 0, 0, 0, 0, 0, 0, 0, _OFFLINE)
 MLP_UP: dict[str, tuple[MatmulTile, ...]] = {
     "any": (LIBRARY,),
@@ -243,7 +246,7 @@ MLP_DOWN_GRADIENT_TILES: dict[str, tuple[MatmulTile, ...]] = dict.fromkeys(
 def matmul_tile(
     table: dict[str, tuple[MatmulTile, ...]], architecture: str, columns: int, float32: bool
 ) -> MatmulTile | None:
-    """The row for a model's width; None where the library's matmul is the faster form."""
+    """The row for a model's width; None where the library's matmul is faster."""
     if float32 and architecture != "interpreter":
         return None
     tile = matmul_row(table, architecture, columns)
@@ -254,8 +257,8 @@ def matmul_row(table: dict[str, tuple[MatmulTile, ...]], architecture: str, colu
     return next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
 
 
-# Cross-entropy: limit is a row of logits, which two passes read. Few and wide programs, so that the rows at work (100 KB
-# each at 50304 columns in bfloat16) are still in the caches when the second pass comes.
+# Cross-entropy: limit is the length of a row of logits, which two passes read. Few, wide programs, so that the rows in
+# flight (100 KB each at 50304 columns in bfloat16) are still cached for the second pass.
 CROSS_ENTROPY: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(1024, 1024, 1, 4, 1, 0, _OFFLINE), Tile(ANY, 8192, 1, 16, 1, 0, _OFFLINE)),
     # 8192 columns spill 8 bytes in float32 with label smoothing
@@ -265,7 +268,7 @@ CROSS_ENTROPY: dict[str, tuple[Tile, ...]] = {
 
 
 def attention_row(architecture: str, float32: bool, descriptors: bool) -> str:
-    """The name of an architecture's rows in the tables of attention. descriptors: whether they can hold what is read."""
+    """The key of attention's tables. descriptors: whether descriptors can hold every tensor that is read."""
     if architecture == "interpreter":
         return architecture
     if float32:
@@ -274,22 +277,21 @@ def attention_row(architecture: str, float32: bool, descriptors: bool) -> str:
 
 
 def attention_tile(table: dict[str, tuple[_Row, ...]], name: str, head_dim: int) -> _Row:
-    """The row for a head's width."""
+    """The row for a head dimension."""
     return next(row for row in table.get(name) or table["any"] if head_dim <= row.limit)
 
 
 def select(table: dict[str, tuple[Tile, ...]], architecture: str, columns: int) -> Tile:
-    """The row for a width, cut down to the power of two that holds it, though not below 16.
+    """The row for a width, its block reduced to the power of two that holds the width, but at least 16.
 
-    With fewer elements than threads several threads hold one element, and of what is written in place one of them may
-    read what another wrote.
+    With fewer elements than threads, several threads hold the same element; in-place, one could read what another wrote.
     """
     tile = next(row for row in table.get(architecture, table["any"]) if columns <= row.limit)
     return tile._replace(block=min(tile.block, max(next_power_of_two(columns), 16)))
 
 
 def dropout_tile(columns: int) -> Tile:
-    """4096 elements: 32 a thread, four 16-byte loads of bfloat16. Safe anywhere, and nothing to tune."""
+    """4096 elements: 32 per thread, four 16-byte loads of bfloat16. No spills anywhere; nothing to tune."""
     block = min(next_power_of_two(columns), 1024)
     return Tile(ANY, block, 4096 // block, 4, 1, 0, _OFFLINE)
 

@@ -1,1 +1,1 @@
-"""What only a GPU can show (`make gpu`), and what a compiler can show without one (`make kernels-report`)."""
+"""What needs a GPU (`make gpu`), and what compilers show without one (`make kernels-report`)."""

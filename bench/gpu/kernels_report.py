@@ -1,53 +1,34 @@
-"""Every kernel at every tile row, compiled without a GPU: what the compilers say it costs on each architecture.
+"""Every kernel at every tile row, compiled without a GPU: what the compilers report for each architecture.
 
-    python -m fusedgpt.bench.gpu.kernels_report [--json FILE] [--architecture sm_90 ...] [--kernel WORD]
+    python -m fusedgpt.bench kernels-report [--json FILE] [--architecture sm_90 ...] [--kernel WORD]
 
-Prints registers, spilled bytes, stack, shared memory, instruction counts and warnings; exits with 1 where a kernel
-breaks one of `faults`. Registers and spills come from `ptxas -v` (NVIDIA) and from the metadata in the assembly (AMD).
-A process under TRITON_INTERPRET=1 cannot compile.
+Compiled is what the launchers launch for `examples.compiled`, forward and backward, and for the matmuls that the tile
+sweep tries. Prints registers, spilled bytes, stack, shared memory, instruction counts and warnings; exits with 1 where
+a kernel breaks one of `faults`. Registers and spills come from `ptxas -v` (NVIDIA) and from the metadata in the
+assembly (AMD). A process under TRITON_INTERPRET=1 cannot compile.
 """
 
-import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from ...kernels._triton import INTERPRETED
+from ...kernels.examples import Example, compiled, draw, gelu_mlp, results
 from ...kernels.selfcheck import ptxas_version
-from ...kernels.tiles import Case
+from ..tiles.candidates import TABLES, in_table
+from .launches import ARCHITECTURES, Launch, caught, kernels, rows
 
-# A file with kernels joins here and lists its cases in `compile_cases`.
-SOURCES = [
-    import_module(f"...kernels.ops.{name}", __package__)
-    for name in (
-        "dropout",
-        "layer_norm.backward",
-        "attention.backward",
-        "column_sum",
-        "embedding_kernels",
-        "mlp.gelu",
-        "mlp.fused_matmul",
-        "cross_entropy_kernels",
-        "attention.backward_one_pass",
-    )
-]
-
-# name: (Triton's backend, its architecture, lanes of a warp, bytes of shared memory a program may take)
-ARCHITECTURES: dict[str, tuple[str, int | str, int, int]] = {
-    "sm_80": ("cuda", 80, 32, 166_912),
-    "sm_90": ("cuda", 90, 32, 232_448),
-    "sm_100": ("cuda", 100, 32, 232_448),
-    "gfx942": ("hip", "gfx942", 64, 65_536),
-}
+DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class Row(NamedTuple):
@@ -81,59 +62,60 @@ def faults(row: Row) -> list[str]:
     return found
 
 
-def cases(architecture: str) -> list[Case]:
-    return [case for source in SOURCES for case in source.compile_cases(architecture)]
+def launches(architecture: str) -> dict[str, Launch]:
+    """All variants that an architecture launches, each once, by a name that says what for."""
+    found: dict[str, Launch] = {}
+    seen = set()
+    for example, dtype, title in _examples(architecture):
+        with caught(architecture) as launched:
+            results(example, draw(example, "cpu", dtype, torch.float32))
+        for launch in launched:
+            if launch.key in seen:
+                continue
+            seen.add(launch.key)
+            name = f"{title} {launch.kernel.removesuffix('_kernel')}"
+            again = sum(other.partition(" #")[0] == name for other in found)  # other options, in the backward
+            found[f"{name} #{again + 1}" if again else name] = launch
+    return found
 
 
-def uncovered(architecture: str) -> set[str]:
-    """Kernels (`*_kernel`) that no case compiles, of the sources that have any case for the architecture."""
-    sources = [source for source in SOURCES if source.compile_cases(architecture)]
-    kernels = {name for source in sources for name in vars(source) if name.endswith("_kernel")}
-    return kernels - {case.kernel.__name__ for case in cases(architecture)}
+def _examples(architecture: str) -> Iterator[tuple[Example, torch.dtype, str]]:
+    for example, dtype in compiled():
+        yield example, dtype, f"{example.operator} {example.size} {DTYPES[dtype]}"
+    for table in ("MLP_UP", "MLP_DOWN_GRADIENT"):
+        sweep, columns = TABLES[table], 768
+        for tile in sweep.candidates(columns, architecture):
+            for approximate in ("tanh", "none") if tile.rows else ():  # 0: the library's
+                example = gelu_mlp(300, columns, b_proj=None, approximate=approximate)
+                with in_table(sweep.table, architecture, tile):
+                    yield example, torch.bfloat16, f"gelu_mlp {example.size} bf16 {tile.rows} x {tile.block}"
 
 
-def compile_case(case: Case, architecture: str) -> Row:
+def measure(name: str, architecture: str, launch: Launch) -> Row:
+    """Compile a variant; Triton's cache makes a second time fast."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     backend, arch, lanes, most = ARCHITECTURES[architecture]
-    names = case.kernel.arg_names
-    missing = set(names) ^ set(case.arguments)
-    if missing:
-        raise ValueError(f"{case.name}: the case and {case.kernel.__name__} differ in {sorted(missing)}")
-    types = {name: case.arguments[name] for name in names}
-    aligned = {
-        (names.index(name),): [["tt.divisibility", 16]]
-        for name, kind in types.items()
-        if isinstance(kind, str) and (kind.startswith("*") or kind.endswith(":16"))
-    }
-    source = ASTSource(
-        case.kernel,
-        signature={
-            name: kind.removesuffix(":16") if isinstance(kind, str) else "constexpr"
-            for name, kind in types.items()
-        },
-        constexprs={name: kind for name, kind in types.items() if not isinstance(kind, str)},
-        attrs=aligned,
-    )
-    options = {"num_warps": case.tile.warps}
-    compiled = triton.compile(source, target=GPUTarget(backend, arch, lanes), options=options)
-    measured = _amd(compiled.asm["amdgcn"]) if isinstance(arch, str) else _nvidia(compiled.asm, arch)
+    kernel = getattr(import_module(launch.module), launch.kernel)
+    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
+    binary = triton.compile(source, target=GPUTarget(backend, arch, lanes), options=launch.options)
+    measured = _amd(binary.asm["amdgcn"]) if isinstance(arch, str) else _nvidia(binary.asm, arch)
     registers = -(-measured["registers"] // 8) * 8  # handed out by eights
     # registers of a multiprocessor: 64 Ki; of each of an AMD compute unit's four SIMDs: 512 a lane
     warps = 4 * (512 // registers) if isinstance(arch, str) else 65_536 // (registers * lanes)
     # shared memory: NVIDIA sets aside 1 KiB for each program, out of one more than a program may take
     reserved = 0 if isinstance(arch, str) else 1024
-    room = most + reserved
-    elements = case.tile.rows * case.tile.block / (case.tile.warps * lanes)
+    per_program = launch.options["num_warps"]
+    elements = launch.constant("ROWS") * launch.constant("BLOCK", "WIDTH") / (per_program * lanes)
     return Row(
-        case=case.name,
-        kernel=case.kernel.__name__,
+        case=name,
+        kernel=launch.kernel,
         architecture=architecture,
-        shared=compiled.metadata.shared,
-        resident=min(warps // case.tile.warps, room // max(compiled.metadata.shared + reserved, 1)),
-        programs=case.tile.programs,
+        shared=binary.metadata.shared,
+        resident=min(warps // per_program, (most + reserved) // max(binary.metadata.shared + reserved, 1)),
+        programs=launch.row.tile.programs if launch.row else 0,
         per_element=round(measured["instructions"] / elements, 1),
         **measured,
     )
@@ -190,16 +172,31 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def report(architectures: Iterable[str], word: str = "") -> list[Row]:
-    """Compile the cases whose name contains `word`, on all cores; Triton's cache makes a second time fast."""
-    jobs = [(case.name, name) for name in architectures for case in cases(name) if word in case.name]
+def report(architectures: Iterable[str], word: str = "") -> tuple[list[Row], list[str]]:
+    """The variants whose name contains `word`, compiled on all cores, and what is wrong."""
+    found = {architecture: launches(architecture) for architecture in architectures}
+    jobs = [
+        (name, architecture, launch)
+        for architecture, named in found.items()
+        for name, launch in named.items()
+        if word in name
+    ]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_compile_named, *zip(*jobs, strict=True), chunksize=4))
+        rows = list(pool.map(measure, *zip(*jobs, strict=True), chunksize=4))
+    wrong = [f"{row.architecture} {row.case}: {', '.join(faults(row))}" for row in rows if faults(row)]
+    return rows, wrong + list(uncovered(found))
 
 
-def _compile_named(name: str, architecture: str) -> Row:
-    case = next(case for case in cases(architecture) if case.name == name)
-    return compile_case(case, architecture)
+def uncovered(found: dict[str, dict[str, Launch]]) -> Iterator[str]:
+    """What no example launches: a row of a table and, of launches for all architectures, a kernel."""
+    for architecture, named in found.items():
+        used = {launch.row for launch in named.values()}
+        for row in rows(architecture) - used:
+            yield f"{architecture} {row.table}, {row.architecture}: no example takes {row.tile}"
+    if found.keys() == ARCHITECTURES.keys():
+        launched = {(launch.module, launch.kernel) for named in found.values() for launch in named.values()}
+        for module, kernel in sorted(kernels() - launched):
+            yield f"{module}.{kernel}: no example launches it"
 
 
 def versions() -> dict[str, str]:
@@ -209,27 +206,23 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, **{name: version for name, version in found.items() if version}}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, help="write the rows there too")
-    parser.add_argument("--architecture", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
-    parser.add_argument("--kernel", default="", help="only cases whose name contains this")
-    options = parser.parse_args()
+def run_kernels_report(
+    json_file: Path | None = None, architectures: Iterable[str] = ARCHITECTURES, word: str = ""
+) -> int:
+    """Print the table, and write it as JSON where a file is given; 1 where something is wrong, else 0.
+
+    Raises:
+        ValueError: in a process whose kernels are interpreted.
+    """
     if INTERPRETED:
-        print("error: kernels cannot be compiled under TRITON_INTERPRET=1; unset it", file=sys.stderr)
-        return 2
+        raise ValueError("kernels cannot be compiled under TRITON_INTERPRET=1; unset it")
     print(" · ".join(f"{name} {version}" for name, version in versions().items()))
-    rows = report(options.architecture, options.kernel)
+    rows, wrong = report(architectures, word)
     print_table(rows)
-    wrong = [f"{row.architecture} {row.case}: {', '.join(faults(row))}" for row in rows if faults(row)]
-    for name in options.architecture:
-        wrong += [f"{name} {kernel}: no table row covers it" for kernel in sorted(uncovered(name))]
     print("\n".join(wrong) or "no faults")
-    if options.json:
+    if json_file:
         content = {"versions": versions(), "faults": wrong, "kernels": [row._asdict() for row in rows]}
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
     return 1 if wrong else 0
 
 
@@ -255,7 +248,3 @@ def print_table(rows: list[Row]) -> None:
         left = [str(cell).ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]
         right = [str(cell).rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True)]
         print("  ".join(left + right).rstrip())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

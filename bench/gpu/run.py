@@ -1,7 +1,7 @@
-"""`make gpu`: all that only a GPU can show, in one command that ends within eight minutes.
+"""`make gpu`: everything that needs a GPU, in one command that ends within eight minutes.
 
-Parity of every kernel at full size, the tests of tests/gpu, everything that `bench all` measures, and with what is left of
-the time compute-sanitizer and the tile sweep. Each part is a process of its own (`parts.py`).
+Parity of every kernel at full size, the tests of tests/gpu, everything that `bench all` measures and, in the remaining
+time, compute-sanitizer and the tile sweep. Each part runs in its own process (`parts.py`).
 """
 
 import itertools
@@ -36,17 +36,17 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SECONDS = 465.0  # of all parts together: within eight minutes
 
 
-# ---- the parts: what each finds, as it finds it
+# ---- the parts, generators of results
 
 
 def compile_kernels(_: Options) -> Iterator[Row]:
-    """What "parity" launches, into Triton's cache: it checks one thing after another, compilers work side by side."""
+    """Fill Triton's cache with what "parity" launches: that part is sequential, compiling is parallel."""
 
     def run(operator: str, dtype: torch.dtype) -> Row:
         began, name = time.monotonic(), str(dtype)[6:]
         options = json.dumps({"operators": [operator], "dtypes": [name], "rows": 4096})
         command = [sys.executable, "-m", "fusedgpt.bench.gpu.run", "parity", os.devnull, options]
-        # one that fails does so again under "parity", which tells
+        # a failure occurs again under "parity", which reports it
         subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
         return {"operator": operator, "dtype": name, "seconds": round(time.monotonic() - began, 1)}
 
@@ -65,7 +65,7 @@ def check_parity(options: Options) -> Iterator[Row]:
         try:
             with use_backend("triton"):
                 found = parity(example, device, dtype)
-        except Exception as failure:  # whatever a launch may throw; the others are still checked
+        except Exception as failure:  # whatever a launch may raise; the others are still checked
             yield {**what, "ok": False, "message": f"{type(failure).__name__}: {failure}"[:400]}
             continue
         yield {**what, **found._asdict(), "ok": found.ok}
@@ -79,38 +79,32 @@ def run_tests(options: Options) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch, "report.xml")
         command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}"]
-        # what the part "parity" has checked is not checked again
-        command += [
-            "-k",
-            "not full_size",
-            str(folder / "gpu"),
-            str(folder / "kernels" / "test_integration.py"),
-        ]
-        # a cache of their own: "startup" wants the shared one empty
+        # the part "parity" has checked the full sizes
+        paths = (folder / "gpu", folder / "kernels" / "test_integration.py")
+        command += ["-k", "not full_size", *map(str, paths)]
+        # their own cache: "startup" needs the shared one empty
         own = os.environ | {"TORCHINDUCTOR_CACHE_DIR": scratch}
-        pipe = subprocess.PIPE
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=own, stdout=pipe, stderr=subprocess.STDOUT, text=True
-        )
+        pipe, both = subprocess.PIPE, subprocess.STDOUT
+        process = subprocess.Popen(command, cwd=ROOT, env=own, stdout=pipe, stderr=both, text=True)
         stopped = False
         try:
-            said, _ = process.communicate(timeout=0.85 * options["seconds"])
+            printed, _ = process.communicate(timeout=0.85 * options["seconds"])
         except subprocess.TimeoutExpired:
             stopped = True
-            process.send_signal(signal.SIGINT)  # as at Ctrl-C, pytest still writes its report
-            said, _ = process.communicate()
+            process.send_signal(signal.SIGINT)  # like Ctrl-C: pytest still writes its report
+            printed, _ = process.communicate()
         if not report.exists():
-            raise RuntimeError(said.strip()[-400:])
+            raise RuntimeError(printed.strip()[-400:])
         for case in ElementTree.parse(report).iter("testcase"):
             if not case.get("name"):  # the one that was stopped
                 continue
-            record: Row = {"test": case.get("name"), "seconds": float(case.get("time", 0))}
+            found: Row = {"test": case.get("name"), "seconds": float(case.get("time", 0))}
             if (skipped := case.find("skipped")) is not None:
-                yield {**record, "left out": skipped.get("message", "")}
+                yield {**found, "left out": skipped.get("message", "")}
                 continue
             failures = [*case.iter("failure"), *case.iter("error")]
             message = " ".join(failure.get("message", "") for failure in failures)[:400]
-            yield {**record, "ok": not failures, **({"message": message} if failures else {})}
+            yield {**found, "ok": not failures, **({"message": message} if failures else {})}
         if stopped:
             yield {"left out": f"the tests after these: {0.85 * options['seconds']:.0f} s were over"}
 
@@ -128,24 +122,24 @@ def sanitize(_: Options) -> Iterator[Row]:
 
 
 def sanitizer_verdict(text: str) -> Row:
-    """Out of what compute-sanitizer printed: whether all is well, or why it could not watch."""
+    """What compute-sanitizer found, or why it could not run, from its output."""
     found = re.search(r"(?:ERROR SUMMARY: (\d+) error)|(?:RACECHECK SUMMARY: (\d+) hazard)", text)
     if found is None or not re.search(r"^ran \d+ operators", text, re.MULTILINE):
-        said = [line.strip("= ") for line in text.splitlines() if line.strip("= ")]
-        unsupported = [line for line in said if "not supported" in line]
+        printed = [line.strip("= ") for line in text.splitlines() if line.strip("= ")]
+        unsupported = [line for line in printed if "not supported" in line]
         if unsupported:
             return {"left out": unsupported[0]}
-        return {"ok": False, "message": " ".join(said[-3:]) or "it printed nothing"}
+        return {"ok": False, "message": " ".join(printed[-3:]) or "it printed nothing"}
     count = int(found[1] or found[2])
     return {"ok": count == 0, "message": f"{count} found"}
 
 
 def sweep_tiles(options: Options) -> Iterator[Row]:
-    for text in tile_sweep.run_tiles(seconds=0.6 * options["seconds"]):  # a width's last candidate ends later
+    for text in tile_sweep.run_tiles(seconds=0.6 * options["seconds"]):  # the last candidate ends later
         yield {"row": text}
 
 
-# The most important first: what a machine that is slower than thought has no time for are the last.
+# The most important first: a slow machine has no time for the last.
 PARTS = {
     "compile": Part(compile_kernels, 50),
     "parity": Part(check_parity, 60, judges=True),
@@ -188,14 +182,14 @@ def rows_of(name: str, found: Row) -> list[Row]:
 
 
 def wrong(name: str, found: Row) -> bool:
-    """Whether a part found something wrong, or broke. One that only ran out of time did not."""
+    """Whether a part found an error or failed; running out of time is no failure."""
     error = found["parts"][name].get("error", "stopped")
     broke = not error.startswith("stopped")
     return any(row.get("ok") is False for row in rows_of(name, found)) or (broke and PARTS[name].judges)
 
 
 def summary(found: Row) -> Iterator[str]:
-    """A short table: what each part found, what is wrong, and the times."""
+    """A short table: results, errors and seconds of each part, then the timings."""
     yield record.about(found)
     for clocks in found["clocks"]:
         if clocks:
@@ -203,9 +197,8 @@ def summary(found: Row) -> Iterator[str]:
     for name, status in found["parts"].items():
         rows = rows_of(name, found)
         judged = [row for row in rows if "ok" in row]
-        text = (
-            f"{sum(row['ok'] for row in judged)} of {len(judged)} right" if judged else f"{len(rows)} figures"
-        )
+        right = f"{sum(row['ok'] for row in judged)} of {len(judged)} right"
+        text = right if judged else f"{len(rows)} figures"
         yield f"{name:<12}{status['seconds']:>6.0f} s  {text}  {status.get('error', '')}".rstrip()
         for row in rows:
             if row.get("ok") is False:

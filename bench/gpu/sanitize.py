@@ -1,6 +1,6 @@
-"""Every kernel once on small uneven inputs, for compute-sanitizer to watch: `compute-sanitizer python -m fusedgpt.bench.gpu.sanitize`.
+"""Run every kernel once on small uneven inputs under compute-sanitizer: `compute-sanitizer python -m fusedgpt.bench.gpu.sanitize`.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives each tensor an allocation of its own, so that an access past its end is seen.
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 gives each tensor its own allocation, so that an access past its end is detected.
 """
 
 import torch
@@ -15,12 +15,11 @@ def main() -> None:
     with use_backend("triton"):
         for dtype in (torch.bfloat16, torch.float32):
             for example in (*SMALL.values(), WIDE_ROW):
-                # drawn on the CPU: the fewer kernels besides ours, the faster
-                drawn = draw(example, "cpu", dtype).items()
-                on_device = {name: t.detach().to(device) for name, t in drawn}
-                results(
-                    example, {name: t.requires_grad_(t.is_floating_point()) for name, t in on_device.items()}
-                )
+                # drawn on the CPU: the sanitizer is slow, the fewer foreign kernels the better
+                tensors = {name: t.detach().to(device) for name, t in draw(example, "cpu", dtype).items()}
+                for tensor in tensors.values():
+                    tensor.requires_grad_(tensor.is_floating_point())
+                results(example, tensors)
     torch.cuda.synchronize()
     print(f"ran {len(SMALL)} operators")
 

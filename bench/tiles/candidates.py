@@ -1,4 +1,4 @@
-"""What the tile sweep tries: for every table the work that is timed, the candidates, and what must stay right.
+"""What the tile sweep tries: for every table the timed work, the candidates, and an example that must be right.
 
 An example is small and uneven; the work has full size, 65,536 tokens of GPT-2 on a large GPU.
 """
@@ -59,11 +59,11 @@ HEADS = 12
 
 Row = Tile | MatmulTile | OnePassTile
 Table = dict[str, Any]  # architecture to rows
-Work = Callable[[int], object]  # does it once, on the inputs of that round
+Work = Callable[[int], object]  # runs once, on the inputs of that round
 
 
 class Heads(NamedTuple):
-    """A case of attention, where a case of the other tables is a width."""
+    """A case of attention; a case of the other tables is a width."""
 
     width: int
     dropout: float
@@ -73,20 +73,20 @@ class Heads(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """A table, and how a row of it is tried."""
+    """A table and how its rows are tried."""
 
     table: Table
-    make_work: Callable[..., Work]  # of tokens, case, dtype and device: what is timed
+    make_work: Callable[..., Work]  # from tokens, case, dtype and device: what is timed
     candidates: Callable[[int, str], Iterable[Row]]  # for rows of a block, on an architecture
-    example: Callable[[Any], Example]  # of a case: what must be right
+    example: Callable[[Any], Example]  # of a case
     present: Callable[[Table, str, Any], Row]  # the table's row for an architecture and a case
-    blocks: Callable[[Sequence[int]], dict[int, Sequence[Any]]]  # of widths: the cases of every block
-    float32: bool = False  # whether float32 looks at these rows
+    blocks: Callable[[Sequence[int]], dict[int, Sequence[Any]]]  # from widths: the cases of every block
+    float32: bool = False  # whether float32 uses these rows
 
 
 @contextmanager
 def in_table(table: Table, architecture: str, tile: Row) -> Iterator[None]:
-    """The table with this tile for every width of one architecture, and any number of heads."""
+    """Put the tile into the table, for every width of one architecture and any number of heads."""
     before = table.get(architecture)
     tile = tile._replace(limit=ANY)
     table[architecture] = (tile._replace(busy=0, cached=ANY) if isinstance(tile, OnePassTile) else tile,)
@@ -101,7 +101,7 @@ def in_table(table: Table, architecture: str, tile: Row) -> Iterator[None]:
 
 @contextmanager
 def by_pointer(architecture: str, width: int) -> Iterator[None]:
-    """Attention over heads of a width as it runs without descriptors, by the rows that are for that."""
+    """Run attention without descriptors, with the rows for that."""
     name = DESCRIPTORS.pop(architecture)
     try:
         with ExitStack() as rows:
@@ -113,11 +113,11 @@ def by_pointer(architecture: str, width: int) -> Iterator[None]:
         DESCRIPTORS[architecture] = name
 
 
-# ---- what a table is timed at
+# ---- cases and work
 
 
 def _by_width(widths: Sequence[int]) -> dict[int, Sequence[int]]:
-    """Widths of one power of two have a row together; those above WHOLE are taken in blocks."""
+    """Widths of one power of two share a row; those above WHOLE are taken in blocks."""
     blocks = defaultdict(list)
     for width in sorted(widths):
         blocks[min(next_power_of_two(width), 2 * WHOLE)].append(width)
@@ -179,7 +179,7 @@ def _backward(make: Callable[..., Example], rows: int, case: Any, *where: Any) -
 
 
 def _two_passes(*sizes: Any) -> Work:
-    """The backward of attention, which is to look at the rows of two passes."""
+    """The backward of attention in two passes."""
     work, architecture = _backward(_heads, *sizes), hardware(sizes[-1]).architecture
 
     def backward(i: int) -> object:
@@ -215,7 +215,7 @@ def _loss_example(vocabulary: int) -> Example:
 
 
 def candidates(block: int, _: str = "") -> Iterator[Tile]:
-    """Tiles, on any architecture, for rows of `block` columns, a power of two; above WHOLE, for rows that are taken in blocks."""
+    """Tiles for rows of `block` columns, a power of two, on any architecture; above WHOLE rows are taken in blocks."""
     if block > WHOLE:
         for size, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
             if _fits(size, warps):
@@ -224,7 +224,7 @@ def candidates(block: int, _: str = "") -> Iterator[Tile]:
     for rows, warps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16)):
         if _fits(rows * block, warps):
             for stages, programs in itertools.product((1, 2), (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)):
-                if programs * warps <= 64:  # what a multiprocessor has room for
+                if programs * warps <= 64:  # resident on a multiprocessor
                     yield Tile(block, block, rows, warps, stages, programs, "")
 
 
@@ -237,9 +237,9 @@ def _forms(own: dict[str, tuple[MatmulTile, ...]], _: int, architecture: str) ->
 
 
 def _beside(other: dict[str, tuple[Tile, ...]], own: dict[str, tuple[Tile, ...]], queries: bool) -> Callable:
-    """Candidates for one of the two passes beside the present row of the other.
+    """Candidates for one pass, the other's tile fixed.
 
-    The pass over keys reads numbers of whole tiles of queries, which the pass over queries has written.
+    The pass over keys reads statistics in whole tiles of queries, which the pass over queries has written.
     """
 
     def beside(width: int, architecture: str) -> list[Tile]:
@@ -262,9 +262,9 @@ def _head_row(table: dict[str, Any], architecture: str, heads: Heads) -> Any:
     return attention_tile(table, architecture, heads.width)
 
 
-# Attention's are few, as each takes seconds to compile: those that spill nothing with or without dropout under Triton
-# 3.6, and under 3.9 but for one pass over 64 × 64 with 4 warps (32 bytes with dropout). For heads of 128 that leaves
-# one pass little: 64 × 64 spills 4 bytes, 128 keys 256.
+# Attention has few candidates, as each takes seconds to compile: those that do not spill, with or without dropout, under
+# Triton 3.6 and, except one pass over 64 × 64 with 4 warps (32 bytes with dropout), under 3.9. Heads of 128 have one
+# candidate for one pass: 64 × 64 spills 4 bytes, 128 keys 256.
 FORWARD_TILES: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(64, 64, 128, 4, 3, 0, ""),

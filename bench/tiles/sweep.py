@@ -1,13 +1,13 @@
-"""`python -m fusedgpt.bench tiles`: which tile is fastest on the GPU at hand, as rows to paste into `kernels/tiles.py`.
+"""`python -m fusedgpt.bench tiles`: find the fastest tiles on this GPU, as rows to paste into `kernels/tiles.py`.
 
-Every candidate is put into the table in turn, compared with float64 on a small uneven input, and then timed beside
-the row that the table has now, in turns with it. Widths that share a block share a row, so a candidate is judged by
-the mean of its ratios over them. Whether a winner spills or waits for room shows `make kernels-report`. Tables come in
-the order of what a training step has to gain, each at the small model's width first; `swept.py` has them.
+Every candidate is put into the table, compared with float64 on a small uneven input and timed in turns with the table's
+present row. Widths that share a block share a row, so a candidate is judged by the mean of its ratios over them.
+`make kernels-report` shows whether the winner spills or is limited by occupancy. Tables are in the order of what a
+training step can gain, each at the small model's width first; `candidates.py` has them.
 
-For the feed-forward sub-layer a row also chooses the form: the library's matmul, or one of our own. For the backward of
-attention it chooses one pass or two, these by the rows that their tables have now: all of its times are of the whole
-backward, so the best of either can be read across the tables.
+A row of the feed-forward sub-layer also chooses between the library's matmul and a fused one; a row of attention's
+backward between one pass and two, with the present tiles of those. All its times are of the whole backward, so the best
+of either can be compared across the tables.
 """
 
 import datetime
@@ -29,7 +29,7 @@ SHOWN = 5
 
 class Result(NamedTuple):
     tile: Row
-    ratio: float  # its time over the present row's, the geometric mean over the cases
+    ratio: float  # of its time to the present row's, geometric mean over the cases
     milliseconds: dict[Any, float]  # of each case
 
 
@@ -47,8 +47,8 @@ def run_tiles(
         dtype_name: of the activations: bfloat16, float16 or float32.
         rows: M, by default 65,536 (8,192 on a GPU with little memory).
         rounds: timings of each candidate.
-        seconds: to spend, most of it on compiling. A table's width takes half of what is left at most; candidates for
-            which there is no time are counted, not tried.
+        seconds: to spend, most of it on compiling. A table's width takes at most half of the remaining time;
+            candidates beyond that are counted, not tried.
 
     Raises:
         ValueError: there is no GPU that Triton kernels run on.
@@ -62,7 +62,7 @@ def run_tiles(
         now = time.monotonic()
         results = list(_sweep(TABLES[title], block, cases, dtype, device, rows, rounds, (now + end) / 2))
         results.sort(key=lambda result: result.ratio)
-        if not results:  # nothing to choose from, or no time
+        if not results:  # no candidates, or no time
             continue
         print(f"{title}, {', '.join(map(str, cases))}, {dtype_name}")
         for result in results[:SHOWN]:
@@ -72,14 +72,14 @@ def run_tiles(
         found.setdefault(title, []).append(f"    {_row(winner, origin)}")
     if architecture in DESCRIPTORS and dtype != torch.float32 and time.monotonic() < end:
         found["DESCRIPTORS"] = [f"    # {line}" for line in _by_pointer(device, dtype, rows, rounds)]
-    print("\nThe rows to paste, by the time they take; hold them against `make kernels-report` first.")
+    print("\nThe rows to paste, by the time they take; check them with `make kernels-report` first.")
     lines = [line for title, of in found.items() for line in (f"{title}, {architecture}:", *of)]
     print("\n".join(lines))
     return lines
 
 
 def _jobs(widths: Sequence[int], dtype: torch.dtype) -> list[tuple[str, int, Sequence[Any]]]:
-    """Tables with the cases of a block, in the order in which they are swept: all tables at their first block come first."""
+    """Tables with the cases of a block, in sweep order: the first block of every table comes first."""
     blocks = {
         title: list(sweep.blocks(widths).items())
         for title, sweep in TABLES.items()
@@ -126,7 +126,7 @@ def _sweep(
         try:
             with in_table(table, architecture, tile):
                 checks = [parity(sweep.example(case), device, dtype) for case in cases]
-        except Exception as failure:  # out of shared memory or registers: no tile for this GPU
+        except Exception as failure:  # out of shared memory or registers on this GPU
             print(f"    {_row(tile, '')} cannot run: {type(failure).__name__}")
             continue
         if not all(check.ok for check in checks):
@@ -138,7 +138,7 @@ def _sweep(
 
 
 def _by_pointer(device: torch.device, dtype: torch.dtype, rows: int | None, rounds: int) -> Iterator[str]:
-    """Attention without descriptors: below 1 the architecture is better off out of DESCRIPTORS."""
+    """Time attention without descriptors: below 1, the architecture is faster without its entry in DESCRIPTORS."""
     architecture = hardware(device).architecture
     for case, (name, make) in itertools.product(HEADS_OF_64, ATTENTION_WORKS.items()):
         work = make(rows or full_rows(device), case, dtype, device)

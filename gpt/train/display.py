@@ -1,4 +1,4 @@
-"""What a run shows: a live line on a terminal, one plain line a log interval elsewhere, and a closing page."""
+"""Progress of a run: a live line on a terminal, otherwise one plain line per log interval, and a final summary."""
 
 import os
 import shutil
@@ -81,6 +81,7 @@ class Display:
             self.say(f"       training loss with {' and '.join(on)}; validation loss is plain cross-entropy")
         probe = torch.empty(0, dtype=getattr(torch, settings.dtype), device=device)
         self.say(f"       {explain('attention', probe)}")
+        self.say("       losses are in nats a token")
         if step:
             self.say(f"       continued from step {step:,}")
         self.task = self.bar.add_task("training", total=settings.steps, completed=step, numbers="")
@@ -90,7 +91,7 @@ class Display:
         self.bar.update(self.task, completed=step)
 
     def progress(self, record: dict[str, Any], steps: int) -> None:
-        """A log interval has ended."""
+        """Show the record of a log interval."""
         numbers = f"loss {record['loss']:.4f}  {_count(record['tokens_per_second'])} tokens/s"
         if "mfu" in record:
             numbers += f"  MFU {record['mfu']:.1%}"
@@ -113,12 +114,19 @@ class Display:
         self.console.print(Text("    " + text.strip().replace("\n", "\n    "), style="dim"))
 
     def end(
-        self, out: Path, steps: int, picture: Path, report: CorpusReport | None, bits: float | None
+        self,
+        out: Path,
+        steps: int,
+        picture: Path,
+        report: CorpusReport | None,
+        loss: float,
+        bits: float | None,
     ) -> None:
+        """The run has ended: its validation loss in nats a token and bits a byte, and what can be done next."""
         if report:
-            self.say("\n" + "\n".join(report.lines()) + f"\n\n{report.sample}")
+            self.say("\n" + "\n".join(report.lines()))
         elif bits is not None:
-            self.say(f"\nvalidation loss: {bits:.4f} bits a byte")
+            self.say(f"\nvalidation loss: {loss:.4f} nats a token, {bits:.4f} bits a byte")
         gpt = program()
         self.say(
             f"\nloss curve  {picture}\n"
@@ -129,7 +137,7 @@ class Display:
 
 
 def program() -> str:
-    """How this program is called from the shell that started it: `gpt` where that is on the PATH."""
+    """The command by which the shell calls this program: `gpt` if it is on the PATH."""
     script = Path(sys.executable).with_name("gpt")
     if not script.exists():
         return "python -m fusedgpt.gpt"

@@ -1,13 +1,13 @@
-"""A function on device tensors as a CUDA graph: the host launches it whole instead of kernel by kernel.
+"""Functions on device tensors as CUDA graphs: one launch instead of one per kernel.
 
-A graph is captured once for every shape of the function's inputs:
+One graph is captured per shape of the function's inputs:
 
-    first call of a shape    runs as it is, on the stream of the capture: kernels compile, libraries initialise
+    first call of a shape    runs uncaptured on the capture's stream: kernels compile, libraries initialise
     second                   is captured, then replayed
     all others               copy their inputs to where the graph reads them, and replay
 
-So nothing is computed twice, a capture finds nothing left to initialise, and a shape seen once costs no capture.
-What must outlive a call (gradients, losses, seeds) are tensors made outside, which the function changes in place.
+Nothing is computed twice, everything is initialised before a capture, and a shape that occurs once is not captured.
+What must outlive a call (gradients, losses, seeds) are tensors allocated outside, which the function changes in place.
 """
 
 import sys
@@ -19,17 +19,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_SHAPES = 8  # graphs of one function; further shapes run uncaptured
+MAX_SHAPES = 8  # graphs per function; further shapes run uncaptured
 
 
 @cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all captures on a device: cuBLAS keeps a workspace of 32 MiB for every stream that it has seen."""
+    """The stream of all captures on a device: cuBLAS keeps a workspace of 32 MiB per stream it has seen."""
     return torch.cuda.Stream(device)
 
 
 class Place:
-    """Where functions are captured that run one after the other: a stream beside the usual, and one pool of memory."""
+    """The stream and memory pool shared by functions that run one after the other."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -38,14 +38,14 @@ class Place:
 
 
 class _Graph(NamedTuple):
-    inputs: tuple[Tensor, ...]  # where it reads
+    inputs: tuple[Tensor, ...]  # the tensors that the graph reads
     graph: torch.cuda.CUDAGraph
 
 
 class Captured:
     """The CUDA graphs of one function, by the shapes of its inputs.
 
-    A capture that fails is said on stderr, and the function runs uncaptured from then on.
+    A failed capture is reported on stderr, and the function runs uncaptured from then on.
 
     Args:
         name: of the function in that message.
@@ -55,19 +55,19 @@ class Captured:
     def __init__(self, name: str, place: Place) -> None:
         self.name, self.place = name, place
         self.graphs: dict[Any, _Graph] = {}
-        self.ran: set[Any] = set()  # shapes that need no more initialisation
+        self.ran: set[Any] = set()  # shapes whose kernels and libraries are initialised
         self.failed = False
 
     def __call__(self, function: Callable[..., None], *inputs: Tensor) -> None:
-        """Do what function(*inputs) does: change tensors in place; it returns nothing and keeps no input.
+        """Run function(*inputs), which changes tensors in place, returns nothing and keeps no input.
 
         Args:
-            function: the same at every call.
+            function: the same one at every call.
         """
         shape = tuple((tuple(t.shape), t.dtype) for t in inputs)
         if shape not in self.graphs:
-            room = len(self.graphs) < MAX_SHAPES and not self.failed
-            graph = self._capture(function, inputs) if shape in self.ran and room else None
+            allowed = len(self.graphs) < MAX_SHAPES and not self.failed
+            graph = self._capture(function, inputs) if shape in self.ran and allowed else None
             if graph is None:
                 self.ran.add(shape)
                 self._run(function, inputs)
@@ -79,7 +79,7 @@ class Captured:
 
     def _run(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
         current = torch.cuda.current_stream(self.place.device)
-        # copies, aligned as the capture's will be: Triton compiles a kernel anew for pointers that are not
+        # copies, aligned like those of the capture: Triton compiles a kernel again for other alignments
         copies = tuple(t.clone() for t in inputs)
         self.place.stream.wait_stream(current)
         with torch.cuda.stream(self.place.stream):
@@ -90,17 +90,17 @@ class Captured:
         static = tuple(t.clone() for t in inputs)
         graph = torch.cuda.CUDAGraph()
         try:
-            # `graph` leaves its stream current where the capture fails: the outer context does not
+            # if the capture fails, `graph` leaves its stream current; the outer context restores the previous one
             with (
                 torch.cuda.stream(self.place.stream),
                 torch.cuda.graph(graph, pool=self.place.pool, stream=self.place.stream),
             ):
                 function(*static)
-        except Exception as error:  # whatever a library or an operator does that a capture forbids
+        except Exception as error:  # any operation that a capture forbids, of a library or an operator
             causes: list[BaseException] = [error]
             while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
                 causes.append(cause)
-            # where the capture could not be ended, the allocator would stay in its pool
+            # otherwise the allocator would stay in the pool of a capture that could not be ended
             with suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(self.place.stream.device_index, self.place.pool)
             for cause in causes:

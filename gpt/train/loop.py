@@ -393,7 +393,7 @@ def finish(session: Session) -> None:
     bytes_per_token = session.shards.val_bytes_per_token
     loss = next(record["val_loss"] for record in reversed(session.log.history) if "val_loss" in record)
     bits = bits_per_byte(loss, bytes_per_token) if bytes_per_token else None
-    session.display.end(session.out, settings.steps, plot_runs([session.out]), report, bits)
+    session.display.end(session.out, settings.steps, plot_runs([session.out]), report, loss, bits)
     if report is None or not settings.min_accepted:
         return
     if settings.steps < (full := full_length(settings)):

@@ -1,4 +1,4 @@
-"""How much memory a training step needs, part by part; the largest micro-batch that fits; what helps where none does."""
+"""Memory of a training step, by part; the largest micro-batch that fits; and what reduces it."""
 
 import gc
 from bisect import bisect_left
@@ -16,8 +16,8 @@ from ..model import GPT
 from ..optim import build_optimizers
 from .step import TrainingError, TrainStep
 
-_CHUNK = 4096  # rows of logits that the fused head holds at a time, about
-_SPARE = 0.04  # of a GPU: what evaluation, samples and fragments take beside the step
+_CHUNK = 4096  # approximate rows of logits that the fused head holds at a time
+_SPARE = 0.04  # fraction of a GPU left for evaluation, samples and fragmentation
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Memory:
 
 
 def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> Memory:
-    """What a step needs at its peak, from the shape alone; dtype and micro-batch must be settled.
+    """Estimate the peak memory of a step from the shape alone; dtype and micro-batch must be resolved.
 
-    With P parameters, N = B T tokens in a micro-batch, width C, L layers, H heads, V rows of vocabulary, a bytes an
-    activation and r an element of the residual stream:
+    With P parameters, N = B T tokens per micro-batch, width C, L layers, H heads, V rows of vocabulary, a bytes per
+    activation and r bytes per element of the residual stream:
 
         weights      4 P
         gradients    4 P
@@ -79,7 +79,7 @@ def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
 
 
 def remedies(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> str:
-    """What a step needs, and each setting that makes it need less, with how much less."""
+    """Describe the memory of a step, and how much less it takes with each setting that reduces it."""
     need = estimate(shape, settings, device)
     parts = ", ".join(f"{part} {_gib(size)}" for part, size in asdict(need).items())
     options: list[tuple[str, tuple[ModelConfig, TrainConfig]]] = []
@@ -110,7 +110,7 @@ def _gib(size: float) -> str:
 
 @contextmanager
 def explained(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Turn a GPU's running out of memory into an error that says what helps.
+    """Turn a GPU's out-of-memory error into one that names what helps.
 
     Raises:
         TrainingError: in place of torch.OutOfMemoryError.
@@ -124,13 +124,12 @@ def explained(shape: ModelConfig, settings: TrainConfig, device: torch.device) -
 
 
 def largest_micro_batch(config: RunConfig, device: torch.device) -> int:
-    """The largest divisor of batch_size whose steps fit the device, a power of two where one is not much smaller.
+    """The largest divisor of batch_size whose steps fit on the device; a power of two if one is not much smaller.
 
-    On a GPU whole steps are tried, capture included, on a model that is then thrown away; elsewhere memory is not the limit, and
-    it is batch_size.
+    On a GPU whole steps are tried, including their capture, on a model that is then discarded. On a CPU it is batch_size.
 
     Args:
-        config: with vocabulary and dtype settled.
+        config: with vocabulary and dtype resolved.
 
     Raises:
         TrainingError: not even one sequence fits.
@@ -150,7 +149,7 @@ def largest_micro_batch(config: RunConfig, device: torch.device) -> int:
 
 
 def _fits(config: RunConfig, size: int, device: torch.device) -> bool:
-    """Whether steps of `size` sequences run, and leave some memory free."""
+    """Whether steps of `size` sequences run and leave some memory free."""
     settings = replace(config.train, batch_size=size, micro_batch=size)
     try:
         with torch.device(device):

@@ -1,11 +1,11 @@
-"""The kernels of a training step, compiled side by side while the data is prepared: no wait for one after the other.
+"""Compile the kernels of a training step in parallel while the data is prepared.
 
-What to compile is not written down anywhere: a step and an evaluation of the same model with one block, at the run's own
-widths, pass their operators' calls to `_Calls`, which keeps them and hands back memory as it is found. Forward and
-backward operators are then called from threads with those arguments, and every kernel is built for the very dtypes,
-widths, strides and alignments that the run will bring. Further blocks and sequences bring no others.
+There is no list of what to compile: a step and an evaluation of the same model with one block, at the run's widths, pass
+their operators' calls to `_Calls`, which records them and returns uninitialised memory. Forward and backward operators are
+then called from threads with those arguments, so every kernel is compiled for the dtypes, widths, strides and alignments of
+the run. Further blocks and sequences need no others.
 
-What was computed is thrown away. Nothing is drawn at random, so that the run's own random state stays as it was.
+The results are discarded. No random numbers are drawn, so the run's random state does not change.
 """
 
 from collections.abc import Callable
@@ -29,14 +29,14 @@ from ..optim import build_optimizers
 from .step import TrainStep
 
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
-TOKENS = 2**15  # of a batch to compile with, at most: memory for one block and the head
+TOKENS = 2**15  # maximum per batch to compile with: memory for one block and the head
 
 
 def precompile(config: RunConfig, device: torch.device) -> Thread:
-    """Start to compile what a run needs up to its first finished step; join the thread before that step.
+    """Start to compile what a run needs for its first step; join the thread before that step.
 
-    It does nothing where the operators are plain PyTorch, and says nothing where something fails: the step would meet
-    that too, and reports it.
+    It does nothing if the operators run in plain PyTorch, and suppresses errors: the step would raise them too, and
+    reports them.
 
     Args:
         config: the run's, with vocabulary, dtype and micro-batch settled.
@@ -57,7 +57,7 @@ def _precompile(config: RunConfig, device: torch.device) -> None:
 
 
 def _compile(config: RunConfig, device: torch.device) -> None:
-    # the first launch of all, before there are several threads: it initialises CUDA and Triton
+    # the first launch, in one thread: it initialises CUDA and Triton
     probe = torch.empty(0, dtype=DTYPES[config.train.dtype], device=device)
     if choose("attention", probe).backend == "torch":
         return
@@ -68,7 +68,7 @@ def _compile(config: RunConfig, device: torch.device) -> None:
 
 
 def operator_calls(config: RunConfig, device: torch.device) -> dict[str, list[Call]]:
-    """What a training step and an evaluation of one block and the head call, by what can be compiled side by side.
+    """The operator calls of a training step and an evaluation of one block and the head, by thread.
 
     Args:
         config: as `precompile` takes it.
@@ -88,14 +88,14 @@ def operator_calls(config: RunConfig, device: torch.device) -> dict[str, list[Ca
 
 
 def run(calls: list[Call]) -> None:
-    """Make the calls, for the kernels that are compiled on the way."""
+    """Make the calls, which compiles their kernels."""
     with torch.no_grad():
         for function, arguments in calls:
             function(*arguments)
 
 
 class _Calls(TorchDispatchMode):
-    """Keeps our operators' calls instead of making them, and leaves weights undrawn; all else runs."""
+    """Record our operators' calls instead of making them, and skip the drawing of weights; everything else runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,10 +115,10 @@ class _Calls(TorchDispatchMode):
 
 
 def _thread(operator: str) -> str:
-    """Which thread takes an operator: those that launch the same kernel share one, and so do those around matmuls.
+    """The thread of an operator: operators that launch the same kernel share one, and so do those with matmuls.
 
-    Triton makes a kernel's cache at its first launch, and of two at the same time one would be lost. cuBLAS keeps a workspace
-    of 32 MiB for every thread that it has seen.
+    Triton creates a kernel's cache at its first launch, and of two simultaneous ones one would be lost. cuBLAS keeps a
+    workspace of 32 MiB per thread it has seen.
     """
     if operator.startswith(("linear", "gelu_mlp")):
         return "matmuls"

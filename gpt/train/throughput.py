@@ -1,4 +1,4 @@
-"""How fast a run is, how well that uses the device, and how much memory it takes."""
+"""Throughput, model FLOPs utilisation and peak memory of a run."""
 
 import resource
 import time
@@ -7,7 +7,7 @@ import torch
 
 from ..config import ModelConfig
 
-# Dense bf16 peaks in FLOP/s, from the vendors' datasheets. The longest name that a device's contains counts.
+# Dense bf16 peaks in FLOP/s, from the vendors' datasheets. The longest key contained in the device's name applies.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -27,10 +27,10 @@ PEAK_FLOPS = {
 
 
 class Speedometer:
-    """Tokens a second and model FLOPs utilisation since it was last read, without the pauses.
+    """Tokens per second and model FLOPs utilisation (MFU) since the last reading, without pauses.
 
     MFU = (6 N + 12 L C T) · tokens/s over the device's dense bf16 peak (Chowdhery et al., 2022, appendix B), N being
-    the parameters without position embeddings. A device that is not in PEAK_FLOPS has none.
+    the parameters without position embeddings. A device that is not in PEAK_FLOPS has no MFU.
     """
 
     def __init__(self, model: ModelConfig, parameters: int, device: torch.device) -> None:
@@ -45,11 +45,11 @@ class Speedometer:
         self._start, self._paused = time.perf_counter(), 0.0
 
     def pause(self, seconds: float) -> None:
-        """Leave these seconds (of an evaluation, a checkpoint) out of the speed."""
+        """Exclude these seconds (of an evaluation, a checkpoint) from the throughput."""
         self._paused += seconds
 
     def read(self, steps: int, tokens_a_step: int) -> dict[str, float]:
-        """The speed over the steps done since the last reading."""
+        """The throughput of the steps since the last reading."""
         seconds = time.perf_counter() - self._start - self._paused
         self.start()
         record = {"tokens_per_second": steps * tokens_a_step / seconds, "seconds_per_step": seconds / steps}
@@ -59,7 +59,7 @@ class Speedometer:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most memory in use so far, in bytes: the device's, or the process's on a CPU."""
+    """Peak memory so far in bytes: of the device, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

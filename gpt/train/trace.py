@@ -1,17 +1,17 @@
-"""Where the time of a step goes: a trace of a few steady steps, and its summary by operator."""
+"""A trace of a few steady steps, and its summary by operator (`--profile`)."""
 
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-_WARM_UP, _TRACED = 5, 3  # steps: a GPU has compiled and captured by then
+_WARM_UP, _TRACED = 5, 3  # steps; by then a GPU has compiled and captured
 
 
 class Trace:
     """Records some of a run's steps into `trace.json.gz` in a folder; ui.perfetto.dev opens it.
 
-    A run of fewer steps is traced from as early as it must be.
+    In a shorter run the trace starts earlier.
     """
 
     def __init__(self, folder: Path, device: torch.device, steps: int) -> None:

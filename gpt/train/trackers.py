@@ -1,4 +1,4 @@
-"""Where a run's records go besides metrics.jsonl: TensorBoard and Weights & Biases, where asked for."""
+"""Optional destinations of a run's records: TensorBoard and Weights & Biases."""
 
 import importlib.util
 from pathlib import Path
@@ -41,7 +41,7 @@ class WandB:
 
 
 def require_trackers(settings: TrainConfig) -> None:
-    """Raise ValueError where a tracker is asked for that is not installed."""
+    """Raise ValueError if a requested tracker is not installed."""
     for name in ("tensorboard", "wandb"):
         if getattr(settings, name) and importlib.util.find_spec(name) is None:
             raise ValueError(
@@ -50,7 +50,7 @@ def require_trackers(settings: TrainConfig) -> None:
 
 
 def open_trackers(config: RunConfig, out: Path) -> list[Tracker]:
-    """The trackers that the settings ask for."""
+    """Open the trackers that the settings request."""
     trackers: list[Tracker] = []
     if config.train.tensorboard:
         trackers.append(TensorBoard(out))

@@ -255,11 +255,20 @@ def test_a_package_that_is_missing_or_broken_is_left_out_with_one_word(
 def test_pytest_benchmark_runs_them(tmp_path: Path) -> None:
     out = tmp_path / "benchmarks.json"
     bench = Path(__file__).resolve().parents[2] / "bench"
-    options = ["-p", "no:cacheprovider", "-k", "embed and forward", f"--benchmark-json={out}"]
-    # in a worker of pytest-xdist it would write nothing
-    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    command = [sys.executable, "-m", "pytest", str(bench), *options]
-    done = subprocess.run(command, env=alone, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        str(bench),
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "embed and forward",
+    ]
+    # it measures nothing inside a worker of pytest-xdist, which it knows by these
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command.append(f"--benchmark-json={out}")
+    done = subprocess.run(command, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())["benchmarks"]
     assert {benchmark["group"] for benchmark in found} == {"embed, B 4, T 256, C 384, V 4096, forward"}

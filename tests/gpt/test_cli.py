@@ -18,7 +18,7 @@ import torch
 from fusedgpt import __version__
 from fusedgpt.data.shards import open_shard, open_shards
 from fusedgpt.data.tokenizers import CharTokenizer, load_tokenizer
-from fusedgpt.gpt.cli import COMMANDS, main, parse
+from fusedgpt.gpt.cli import COMMANDS, SPINS, main, parse
 from fusedgpt.gpt.config import ALIASES, DROPOUT_ALIASES, KEYS, ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.run import create_run
@@ -88,7 +88,12 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
     """Runs a shell command in which `gpt` is this checkout's."""
     gpt = f"{shlex.quote(sys.executable)} -m fusedgpt.gpt"
     line = command.replace("gpt ", f"{gpt} ", 1)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    dropped = (
+        "PYTHONUNBUFFERED",
+        "GOMP_SPINCOUNT",
+        "OMP_WAIT_POLICY",
+    )  # main sets the second in this process, too
+    environment = {key: value for key, value in os.environ.items() if key not in dropped}
     return subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120, env=environment)
 
 
@@ -410,6 +415,17 @@ def test_generate_writes_the_prompt_and_what_follows(run: str, capsys: pytest.Ca
     assert capsys.readouterr().out == first
     assert ended([*argv[:-1], "2"]) == 0
     assert capsys.readouterr().out != first
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"), [("", SPINS), ("GOMP_SPINCOUNT=77", "77"), ("OMP_WAIT_POLICY=passive", "0")]
+)
+def test_the_spin_count_reaches_libgomp_unless_the_user_sets_one(run: str, given: str, spins: str) -> None:
+    shown = shell(f"OMP_DISPLAY_ENV=VERBOSE {given} gpt generate {run} --max-tokens 1 --device cpu").stderr
+    found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", shown)
+    if found is None:
+        pytest.skip("torch's OpenMP is not libgomp here")
+    assert found[1] == spins
 
 
 def test_generate_shows_every_sample_of_every_prompt(run: str, capsys: pytest.CaptureFixture[str]) -> None:

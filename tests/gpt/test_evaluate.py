@@ -53,6 +53,11 @@ def test_tales_are_scored_whole_and_beside_their_own_probability(model, tokenize
     best = -sum(tales.log_prob(text) for text in texts) / math.log(2) / sum(len(text) for text in texts)
     assert report.best_possible == pytest.approx(best)
     assert report.accepted == 0.0, "an untrained model writes no tale"
+    nats, bits, _ = report.lines()
+    assert re.match(
+        f"loss: ([\\d.]+) nats a token, best possible {best_possible(CORPUS, tokenizer, 500):.4f} ", nats
+    )
+    assert f"{report.bits_per_byte:.4f} bits a byte, best possible {report.best_possible:.4f} " in bits
 
 
 def test_the_share_accepted_is_the_grammars_verdict(model, tokenizer, monkeypatch):

@@ -3,7 +3,6 @@
 import copy
 import functools
 import math
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from fusedgpt.gpt.config import PRESETS, ModelConfig, RunConfig, preset
 from fusedgpt.gpt.huggingface import to_transformers
 from fusedgpt.gpt.model import GPT
+from fusedgpt.kernels import dropout_mask, reference
 
 SMALL = {"vocab_size": 130, "context_length": 24, "n_layer": 2, "n_head": 3, "n_embd": 36}
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -311,8 +311,7 @@ def test_every_dropout_of_a_step_has_a_stream_of_its_own(monkeypatch: pytest.Mon
 
         return call
 
-    for module, name in (("dropout", "keep_mask"), ("reference", "attention_keep_mask")):
-        module = sys.modules[f"fusedgpt.kernels.{module}"]
+    for module, name in ((dropout_mask, "keep_mask"), (reference, "attention_keep_mask")):
         monkeypatch.setattr(module, name, recording(getattr(module, name)))
     backward(random_model(n_layer=3, **DROPOUTS), random_ids(1, 5))
     assert len(streams) == 1 + 3 * 3  # the embeddings, and in each block attention and two additions

@@ -388,13 +388,28 @@ def test_the_end_gives_bits_a_byte(config, tmp_path, capsys):
         val_loss = read_metrics(run / "metrics.jsonl")[-1]["val_loss"]
         held_out = text.read_text(encoding="utf-8")[int(0.9 * len(TEXT)) :]
         bits = val_loss / math.log(2) * len(held_out) / len(held_out.encode())
-        assert f"validation loss: {bits:.4f} bits a byte" in capsys.readouterr().out
+        end = f"validation loss: {val_loss:.4f} nats a token, {bits:.4f} bits a byte"
+        assert end in capsys.readouterr().out
         evaluate_run(run, str(tmp_path / "shards"), "cpu")
         loss, shown = map(
             float,
             re.search(r"loss: ([\d.]+) nats.*\n +([\d.]+) bits a byte", capsys.readouterr().out).groups(),
         )
         assert shown == pytest.approx(loss / math.log(2) * len(held_out) / len(held_out.encode()), abs=2e-4)
+
+
+def test_an_evaluation_on_what_the_run_was_trained_on_says_so(config, tmp_path, capsys):
+    (tmp_path / "copy.txt").write_text(TEXT)
+    (tmp_path / "other.txt").write_text(TEXT + "the end")
+    train(config, tmp_path / "run")
+    said = []
+    for data in ("text.txt", "copy.txt", "other.txt", None):
+        capsys.readouterr()
+        evaluate_run(tmp_path / "run", data and str(tmp_path / data), "cpu")
+        out = capsys.readouterr().out
+        said.append("includes the text that the run was trained on" in out)
+        assert ("text.txt, validation part: " in out) == (data is None)
+    assert said == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -413,15 +428,18 @@ def test_the_end_gives_bits_a_byte(config, tmp_path, capsys):
 def test_a_shortened_run_is_not_judged_by_the_presets_share(
     config, tmp_path, monkeypatch, capsys, steps, least, end
 ):
-    report = CorpusReport(3.0, 0.2, accepted=0.0, sample="Once.")
+    report = CorpusReport(3.0, 0.2, bytes_per_token=4.0, accepted=0.0, sample="Once.")
     monkeypatch.setattr(loop, "evaluate_corpus", lambda *_: report)
-    monkeypatch.setattr(loop, "run_steps", lambda session, _: session.log.history.append({"val_loss": 1.0}))
+    monkeypatch.setattr(loop, "run_steps", lambda session: session.log.history.append({"val_loss": 1.0}))
     monkeypatch.setattr(loop, "plot_runs", lambda _: tmp_path / "curve.png")
     config = with_train(config, data="tales:20", min_accepted=least, steps=steps)
     fails = end is not None and end.startswith("only")
     with pytest.raises(TrainingError, match=end) if fails else nullcontext():
         train(config, tmp_path / "run")
-    assert ("not applied" in capsys.readouterr().out) == (end is not None and not fails)
+    out = capsys.readouterr().out
+    assert ("not applied" in out) == (end is not None and not fails)
+    assert "accepted: 0%" in out
+    assert "Once." not in out, "the last evaluation has shown a sample"
 
 
 def test_without_a_network_gpt2s_vocabulary_is_not_the_first_error(config, tmp_path, monkeypatch):

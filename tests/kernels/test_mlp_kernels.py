@@ -29,7 +29,7 @@ from fusedgpt.kernels.tiles import (
     select,
 )
 
-from .test_parity import DTYPES, assert_within, drawn, gradients, leaves
+from .test_layer_norm_kernels import DTYPES, assert_within, drawn, gradients, leaves
 
 pytestmark = pytest.mark.skipif(not _triton.INTERPRETED, reason="tiles that only the interpreter takes")
 

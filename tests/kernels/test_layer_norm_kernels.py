@@ -1,4 +1,4 @@
-"""Kernels against float64: an error may be twice that of PyTorch's own operators in the same dtype.
+"""The kernels of LayerNorm and dropout against float64.
 
 Runs in Triton's interpreter where there is no GPU; there a row wider than 128 is a wide one, so both kinds are drawn.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 from fusedgpt.kernels import add_layer_norm, dropout, layer_norm, use_backend
 from fusedgpt.kernels.dropout_mask import keep_mask, keep_scale
 
+from .tolerances import assert_no_less_exact
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16]
-# beside twice PyTorch's error: one unit in the last place of the largest value
-UNIT = {dtype: torch.finfo(dtype).eps for dtype in (torch.float32, torch.float16)}
 SEED = torch.tensor([-(2**40) - 12345], device=DEVICE)
 
 # no shrinking: at up to a second an example, a failure would take minutes to be told
@@ -25,10 +25,8 @@ shapes = {"rows": st.integers(1, 40), "columns": st.one_of(st.integers(1, 128), 
 
 
 def assert_within(ours: list[Tensor], torchs: list[Tensor], exact: list[Tensor]) -> None:
-    for index, (a, b, truth) in enumerate(zip(ours, torchs, exact, strict=True)):
-        assert a.dtype == b.dtype, f"tensor {index}"
-        error, allowed = ((t.double() - truth).abs().max().item() for t in (a, b))
-        assert error <= 2 * allowed + UNIT[a.dtype] * truth.abs().max().item(), f"tensor {index}"
+    assert [t.dtype for t in ours] == [t.dtype for t in torchs]
+    assert_no_less_exact(*(dict(enumerate(tensors)) for tensors in (ours, torchs, exact)))
 
 
 def leaves(rounded: torch.dtype, dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[Tensor]:
