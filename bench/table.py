@@ -12,9 +12,9 @@ def heading(columns: Sequence[Column]) -> str:
 
 
 def line(columns: Sequence[Column], row: Mapping[str, Any]) -> str:
-    """A row of the table: blank where the row has no value, its note at the end."""
+    """A row of the table: blank where it has no value, its note after the last one."""
     cells = [
         format("" if row.get(field) is None else form.format(row[field]), spec)
         for _, spec, field, form in columns
     ]
-    return " ".join([*cells, row.get("note") or ""]).rstrip()
+    return f"{' '.join(cells).rstrip()}  {row.get('note') or ''}".rstrip()
