@@ -79,6 +79,7 @@ def assert_refused(
     named = operator if message.startswith(operator) else operator.removeprefix("causal_")
     assert message.startswith(f"{named}: "), message
     assert "\n" not in message
+    assert "tensor(" not in message
     assert re.search(rf"\b{argument}\b", message), message
     for each in got:
         assert str(each) in message, message
@@ -147,7 +148,6 @@ def test_seed(operator: str, seed: object) -> None:
 PLAIN = [
     (operator, name)
     for operator in RIGHT
-    if not operator.endswith("attention")
     for name in inspect.signature(getattr(kernels, operator)).parameters
     if not isinstance(RIGHT[operator].get(name), Tensor)
 ]
@@ -255,6 +255,13 @@ OTHERS: list[tuple[str, Arguments, type[Exception], str, object]] = [
     ("causal_attention", {"n_head": 4}, ValueError, "heads", 4),
     ("causal_attention", {"n_head": 0}, ValueError, "heads", 0),
     ("causal_attention", {"n_head": -3}, ValueError, "heads", -3),
+    ("causal_attention", {"n_head": 3.0}, TypeError, "n_head", "float"),
+    ("causal_attention", {"n_head": None}, TypeError, "n_head", "NoneType"),
+    *(
+        (operator, {"scale": scale}, ValueError, "scale", scale)
+        for operator in ("causal_attention", "attention")
+        for scale in (0.0, -0.4, float("nan"))
+    ),
     ("attention", {"k": zeros(2, 5, 3, 2).half()}, TypeError, "k", "float16"),
     ("attention", {"v": zeros(2, 5, 3, 2).double()}, TypeError, "v", "float64"),
     ("gelu_mlp", {"approximate": "sigmoid"}, ValueError, "approximate", "sigmoid"),
@@ -286,6 +293,15 @@ def test_the_rest(
     operator: str, changes: Arguments, error: type[Exception], argument: str, got: object
 ) -> None:
     assert_refused(operator, changes, error, argument, got)
+
+
+def test_causal_attention_in_the_manner_of_sdpa_is_told_to_pack() -> None:
+    x = zeros(2, 5, 6)
+    for arguments in ((x, x, x), (x, x)):
+        with pytest.raises(TypeError, match=re.escape("torch.cat((q, k, v), -1)")) as refused:
+            kernels.causal_attention(*arguments)
+        assert "attention(q, k, v)" in str(refused.value)
+        assert "tensor(" not in str(refused.value)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

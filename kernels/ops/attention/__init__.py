@@ -1,1 +1,1 @@
-"""Causal self-attention: the operator, its forward kernel, its two backwards, and the tile accesses they share."""
+"""Causal self-attention: the operator, its forward kernel, its two backwards, and what the kernels share."""

@@ -1,359 +1,97 @@
-"""The backward kernels of attention; `operator.py` has the formulas, what they cost and the launchers.
+"""The backward of attention in two passes, neither with atomics, so the same inputs give the same bits:
 
-Three passes over tiles of the score matrix, none with atomics, so the same inputs give the same bits:
+    query_kernel       a program owns a query tile and walks over the keys: dq, and delta for the pass after it
+    key_kernel         a program owns a key tile and walks over the queries: dk, dv
 
-    forward_kernel     a program owns queries and walks the keys: output and log-sum-exp
-    query_kernel       the same walk backward: dq, and rowsum(dout ∘ out) for the pass after it
-    key_kernel         a program owns keys and values and walks the queries: dk, dv
-
-Tiles that every row sees whole run in a loop without masks, of scores and of loads; those on the diagonal and at ragged
-ends in a second one. Scores are in units of log2, as exp2 is what the hardware has. Tile offsets are 64 bits wide.
+`operator.py` has the mathematics, what they cost and the launchers. Scores are in units of log2, as exp2 is what the
+hardware has. Tile offsets are 64 bits wide.
 """
-
-from typing import Any
 
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key, keep_scores
-from ...tiles import (
-    ATTENTION_DECODE,
-    ATTENTION_FORWARD,
-    ATTENTION_KEY,
-    ATTENTION_QUERY,
-    DESCRIPTORS,
-    Case,
-    attention_row,
-    attention_tile,
-    next_power_of_two,
-)
-from .forward import _NOT_SPECIALISED, forward_kernel
+from .key_gradients import key_gradients
+from .masking import first_keys, key_range, visible
 from .tile_io import (
-    _add,
-    _first_keys,
-    _head,
-    _key_range,
-    _load,
-    _load_stats,
-    _place,
-    _query_range,
-    _store,
-    _store_stats,
-    _visible,
+    NOT_SPECIALISED,
+    head_of,
+    head_of_contiguous,
+    load,
+    place,
+    store,
+    store_stats,
 )
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def query_kernel(
-    q,
-    k,
-    v,
-    out,
-    dout,
-    lse,
-    stats,
-    dq,
-    first_key,
-    seed,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    dout_b,
-    dout_t,
-    dout_h,
-    dq_b,
-    dq_t,
-    n_head,
-    q_len,
-    k_len,
-    padded,
-    group,
-    stream,
-    threshold,
-    scale,
-    keep_share,
-    grad_scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dq, and the stats of every row: (B · H, 2, padded) float32, the log-sum-exp and keep_share · rowsum(dout ∘ out).
+    q, k, v, o, do, lse, stats, dq, first_key, seed, q_strides, k_strides, v_strides, do_strides, dq_strides,
+    n_head, q_len, k_len, padded, group, stream, threshold, scale, keep_prob, grad_scale, meta,
+):  # fmt: skip
+    """dq of one query tile, and the stats of its rows: (B · H, 2, padded) float32, lse and delta.
 
-    Dropout's factor 1 / keep_share is left out of every element and comes back in grad_scale = scale / keep_share.
+    delta = keep_prob · rowsum(dO ∘ O). Dropout's factor 1 / keep_prob is left out of every element and comes back in
+    grad_scale = scale / keep_prob.
     """
-    tiles = tl.cdiv(q_len, ROWS)
-    head, turn = _place(tiles, group)
-    batch, number = head // n_head, head % n_head
-    begin = (tiles - 1 - turn) * ROWS
-    row = begin + tl.arange(0, ROWS)
-    first = _first_keys(first_key, row, batch, q_len, k_len)
-    low, whole, high = _key_range(begin, first, q_len, k_len, CAUSAL, ROWS, BLOCK)
+    tiles = tl.cdiv(q_len, meta.BLOCK_M)
+    bh, index = place(tiles, group)
+    batch, head = bh // n_head, bh % n_head
+    start_m = (tiles - 1 - index) * meta.BLOCK_M  # the last queries see the most keys
+    offs_m = start_m + tl.arange(0, meta.BLOCK_M)
+    first = first_keys(first_key, offs_m, batch, q_len, k_len)
+    low, whole, high = key_range(start_m, first, q_len, k_len, meta)
     key = dropout_key(seed, stream)
-    q = _head(q, batch, number, q_b, q_h)
-    k = _head(k, batch, number, k_b, k_h)
-    v = _head(v, batch, number, v_b, v_h)
-    out = _head(out, batch, number, q_len.to(tl.int64) * (n_head * D), D)
-    dout = _head(dout, batch, number, dout_b, dout_h)
-    slope = _load(dout, batch, number, begin, dout_t, q_len, D, WIDTH, ROWS, True)
-    result = _load(out, batch, number, begin, n_head * D, q_len, D, WIDTH, ROWS, True)
-    sums = tl.sum(result.to(tl.float32) * slope.to(tl.float32), 1) * keep_share
-    level = _store_stats(stats, lse, sums, head, row, q_len, padded)
-    queries = _load(q, batch, number, begin, q_t, q_len, D, WIDTH, ROWS, True)
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    q_head = head_of(q, q_strides, batch, head, q_len)
+    k_head = head_of(k, k_strides, batch, head, k_len)
+    v_head = head_of(v, v_strides, batch, head, k_len)
+    o_head = head_of_contiguous(o, n_head, batch, head, q_len, meta)
+    do_head = head_of(do, do_strides, batch, head, q_len)
+    do_tile = load(do_head, start_m, meta.BLOCK_M, True, meta)
+    o_tile = load(o_head, start_m, meta.BLOCK_M, True, meta)
+    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1) * keep_prob
+    lse_i = store_stats(stats, lse, delta, bh, offs_m, q_len, padded)
+    q_tile = load(q_head, start_m, meta.BLOCK_M, True, meta)
+    acc = tl.zeros((meta.BLOCK_M, meta.BLOCK_D), tl.float32)
     for MASKED in tl.static_range(first_key is not None, 2):
         stop = high if MASKED else whole
         # an encoder's masked loop has one tile at most: pipelined, its matrix instructions are serialized
-        for start in tl.range(low, stop, BLOCK, num_stages=STAGES if CAUSAL or not MASKED else 1):
-            column = start + tl.arange(0, BLOCK)
-            keys = _load(k, batch, number, start, k_t, k_len, D, WIDTH, BLOCK, MASKED)
-            values = _load(v, batch, number, start, v_t, k_len, D, WIDTH, BLOCK, MASKED)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (ROWS, BLOCK)
-            weights = tl.exp2(scores * scale - level[:, None])
+        for start_n in tl.range(
+            low, stop, meta.BLOCK_N, num_stages=meta.STAGES if meta.CAUSAL or not MASKED else 1
+        ):
+            offs_n = start_n + tl.arange(0, meta.BLOCK_N)
+            k_tile = load(k_head, start_n, meta.BLOCK_N, MASKED, meta)
+            v_tile = load(v_head, start_n, meta.BLOCK_N, MASKED, meta)
+            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
+            p = tl.exp2(qk * scale - lse_i[:, None])
             if MASKED:
-                seen = _visible(row, column, first, q_len, k_len, CAUSAL, False)
-                weights = tl.where(seen, weights, 0.0)
-            dweights = tl.dot(slope, tl.trans(values), input_precision="ieee")
+                p = tl.where(visible(offs_m, offs_n, first, q_len, k_len, meta.CAUSAL, False), p, 0.0)
+            dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
             if key is not None:
-                keep = keep_scores(key, head, row[:, None], column[None, :], threshold)
-                dweights = tl.where(keep, dweights, 0.0)
-            dscores = weights * (dweights - sums[:, None])
-            acc = tl.dot(dscores.to(keys.dtype), keys, acc, input_precision="ieee")
+                dp = tl.where(keep_scores(key, bh, offs_m[:, None], offs_n[None, :], threshold), dp, 0.0)
+            ds = p * (dp - delta[:, None])
+            acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
         low = whole
-    _store(_head(dq, batch, number, dq_b, D), acc * grad_scale, begin, dq_t, q_len, D, WIDTH, ROWS)
+    dq_head = head_of(dq, dq_strides, batch, head, q_len)
+    store(dq_head, acc * grad_scale, start_m, meta.BLOCK_M, meta)
 
 
-@triton.jit
-def _key_gradients(
-    q,
-    k,
-    v,
-    dout,
-    stats,
-    dq,
-    first_key,
-    key,
-    head,
-    batch,
-    number,
-    begin,
-    q_t,
-    k_t,
-    v_t,
-    dout_t,
-    q_len,
-    k_len,
-    padded,
-    threshold,
-    scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dk and dv of one tile of keys, but for their factors; its part of dq is added to dq, where that is not None.
-
-    Scores are transposed here, (BLOCK, ROWS), so that they multiply from registers.
-    """
-    column = begin + tl.arange(0, BLOCK)
-    keys = _load(k, batch, number, begin, k_t, k_len, D, WIDTH, BLOCK, True)
-    values = _load(v, batch, number, begin, v_t, k_len, D, WIDTH, BLOCK, True)
-    # Tiles of queries from low on: `some` that see a part of these keys, `every` that see them all, and a ragged last.
-    tiles = tl.cdiv(q_len, ROWS)
-    tiles, low, some, every = _query_range(begin, tiles, q_len, k_len, first_key, batch, CAUSAL, ROWS, BLOCK)
-    dkeys = tl.zeros((BLOCK, WIDTH), tl.float32)
-    dvalues = tl.zeros((BLOCK, WIDTH), tl.float32)
-    for MASKED in tl.static_range(first_key is not None, 2):
-        for index in tl.range(0, tiles - low - every if MASKED else every, num_stages=STAGES):
-            if MASKED:
-                start = (low + index + tl.where(index < some, 0, every)) * ROWS
-            else:
-                start = (low + some + index) * ROWS
-            row = start + tl.arange(0, ROWS)
-            queries = _load(q, batch, number, start, q_t, q_len, D, WIDTH, ROWS, MASKED)
-            slope = _load(dout, batch, number, start, dout_t, q_len, D, WIDTH, ROWS, MASKED)
-            level = _load_stats(stats, 2 * head, start, padded, ROWS)
-            sums = _load_stats(stats, 2 * head + 1, start, padded, ROWS)
-            scores = tl.dot(keys, tl.trans(queries), input_precision="ieee")
-            weights = tl.exp2(scores * scale - level[None, :])
-            if MASKED:
-                first = _first_keys(first_key, row, batch, q_len, k_len)
-                seen = _visible(row, column, first, q_len, k_len, CAUSAL, True)
-                weights = tl.where(seen, weights, 0.0)
-            dweights = tl.dot(values, tl.trans(slope), input_precision="ieee")
-            kept = weights
-            if key is not None:
-                keep = keep_scores(key, head, row[None, :], column[:, None], threshold)
-                kept = tl.where(keep, weights, 0.0)
-                dweights = tl.where(keep, dweights, 0.0)
-            dvalues = tl.dot(kept.to(slope.dtype), slope, dvalues, input_precision="ieee")
-            dscores = (weights * (dweights - sums[None, :])).to(queries.dtype)
-            dkeys = tl.dot(dscores, queries, dkeys, input_precision="ieee")
-            if dq is not None:
-                part = tl.dot(tl.trans(dscores), keys, input_precision="ieee")
-                _add(dq, head, start, padded, part, D, WIDTH, ROWS)
-    return dkeys, dvalues
-
-
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def key_kernel(
-    q,
-    k,
-    v,
-    dout,
-    stats,
-    dk,
-    dv,
-    first_key,
-    seed,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    dout_b,
-    dout_t,
-    dout_h,
-    dk_b,
-    dk_t,
-    n_head,
-    q_len,
-    k_len,
-    padded,
-    group,
-    stream,
-    threshold,
-    scale,
-    keep_scale,
-    grad_scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dk and dv, of one layout. Reads the stats of `query_kernel`."""
-    head, turn = _place(tl.cdiv(k_len, BLOCK), group)
-    batch, number = head // n_head, head % n_head
+    q, k, v, do, stats, dk, dv, first_key, seed, q_strides, k_strides, v_strides, do_strides, dk_strides,
+    n_head, q_len, k_len, padded, group, stream, threshold, scale, keep_scale, grad_scale, meta,
+):  # fmt: skip
+    """dk and dv of one key tile; both have dk_strides. Reads the stats that `query_kernel` wrote."""
+    bh, index = place(tl.cdiv(k_len, meta.BLOCK_N), group)
+    batch, head = bh // n_head, bh % n_head
     key = dropout_key(seed, stream)
-    q = _head(q, batch, number, q_b, q_h)
-    k = _head(k, batch, number, k_b, k_h)
-    v = _head(v, batch, number, v_b, v_h)
-    dout = _head(dout, batch, number, dout_b, dout_h)
-    dk = _head(dk, batch, number, dk_b, D)
-    dv = _head(dv, batch, number, dk_b, D)
-    begin = turn * BLOCK  # the first keys are seen by the most rows
-    dkeys, dvalues = _key_gradients(
-        q,
-        k,
-        v,
-        dout,
-        stats,
-        None,
-        first_key,
-        key,
-        head,
-        batch,
-        number,
-        begin,
-        q_t,
-        k_t,
-        v_t,
-        dout_t,
-        q_len,
-        k_len,
-        padded,
-        threshold,
-        scale,
-        D,
-        WIDTH,
-        CAUSAL,
-        ROWS,
-        BLOCK,
-        STAGES,
-    )
-    _store(dk, dkeys * grad_scale, begin, dk_t, k_len, D, WIDTH, BLOCK)
-    _store(dv, dvalues * keep_scale, begin, dk_t, k_len, D, WIDTH, BLOCK)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row with its options, and the widths that share a row."""
-    tables = {
-        forward_kernel: ATTENTION_FORWARD,
-        query_kernel: ATTENTION_QUERY,
-        key_kernel: ATTENTION_KEY,
-    }
-    found = [
-        case(kernel, table, *option, architecture)
-        for option in case_options(architecture)
-        for kernel, table in tables.items()
-    ]
-    for d in (64, 128):
-        decode = case(forward_kernel, ATTENTION_DECODE, d, "bf16", True, False, True, False, architecture)
-        found.append(decode._replace(name=f"{decode.name} decode"))
-    return found
-
-
-def case_options(architecture: str) -> list[tuple[int, str, bool, bool, bool, bool]]:
-    """D, dtype, causal, dropout, first_key and descriptors."""
-    tma = architecture in DESCRIPTORS
-    options = [(64, "bf16", False, False, False, tma)]
-    options += [(d, "bf16", True, dropout, False, tma) for d in (64, 128) for dropout in (False, True)]
-    options += [(d, "bf16", True, True, True, tma) for d in (64, 128)]
-    options += [(d, "bf16", True, True, False, tma) for d in (16, 32, 80)]
-    options += [(64, "fp32", True, True, False, False), (64, "fp32", True, True, True, False)]
-    return options + [(d, "bf16", True, True, False, False) for d in (64, 128) if tma]
-
-
-def case(
-    kernel: Any,
-    table: dict[str, Any],
-    d: int,
-    dtype: str,
-    causal: bool,
-    dropout: bool,
-    first_key: bool,
-    descriptors: bool,
-    architecture: str,
-) -> Case:
-    tile = attention_tile(table, attention_row(architecture, dtype == "fp32", descriptors), d)
-    width = max(16, next_power_of_two(d))
-    given: dict[str, Any] = {
-        "first_key": "*i32" if first_key else None,
-        "seed": "*i64" if dropout else None,
-        "D": d,
-        "WIDTH": width,
-        "CAUSAL": causal,
-        "ROWS": tile.rows,
-        "BLOCK": tile.block,
-        "STAGES": tile.stages,
-        **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}"),
-        **dict.fromkeys(("lse", "stats", "total"), "*fp32"),
-        **dict.fromkeys(("scale", "keep_scale", "keep_share", "grad_scale"), "fp32"),
-        **dict.fromkeys(_NOT_SPECIALISED, "i32"),
-    }
-    if descriptors:
-        given |= dict.fromkeys(("q", "dout"), f"tensordesc<{dtype}[1, 1, {tile.rows}, {width}]>")
-        given |= dict.fromkeys(("k", "v"), f"tensordesc<{dtype}[1, 1, {tile.block}, {width}]>")
-        if kernel is query_kernel:
-            given |= {"out": given["q"]}
-        else:
-            given |= {"stats": f"tensordesc<fp32[1, {tile.rows}]>"}
-            given |= {"total": f"tensordesc<fp32[1, {tile.rows}, {width}]>"}
-    arguments = {name: given.get(name, "i32:16") for name in kernel.arg_names}  # the rest are strides
-    name = f"attention {kernel.__name__.removesuffix('_kernel')} {dtype} D={d}"
-    name += " encoder" * (not causal) + " dropout" * dropout + " first_key" * first_key
-    return Case(name + " descriptors" * descriptors, kernel, arguments, tile)
+    q_head = head_of(q, q_strides, batch, head, q_len)
+    k_head = head_of(k, k_strides, batch, head, k_len)
+    v_head = head_of(v, v_strides, batch, head, k_len)
+    do_head = head_of(do, do_strides, batch, head, q_len)
+    dk_head = head_of(dk, dk_strides, batch, head, k_len)
+    dv_head = head_of(dv, dk_strides, batch, head, k_len)
+    start_n = index * meta.BLOCK_N  # the first keys are seen by the most queries
+    dk_tile, dv_tile = key_gradients(
+        q_head, k_head, v_head, do_head, stats, None, first_key, key, bh, start_n, padded, threshold, scale, meta
+    )  # fmt: skip
+    store(dk_head, dk_tile * grad_scale, start_n, meta.BLOCK_N, meta)
+    store(dv_head, dv_tile * keep_scale, start_n, meta.BLOCK_N, meta)

@@ -1,178 +1,79 @@
 """The backward of attention in one pass: five matmuls where two passes take seven, and the same bits every time.
 
-    prepare_kernel     rowsum(dout ∘ out) of every row, and zeros in the float32 sums of dq
-    one_pass_kernel    a program owns a head: it walks the keys, and for each tile of them the queries
-    finish_kernel      dq out of its sums
+    prepare_kernel     delta = rowsum(dO ∘ O), and zeros in the float32 accumulator of dq
+    one_pass_kernel    a program owns a head: it walks over the keys, and for each key tile over the queries
+    finish_kernel      dq from its accumulator
 
-dk and dv of a tile of keys stay in registers. dq is summed over the keys in memory, by the copy engine where there is
-one, into 4 bytes an element that only the head's own program adds to; at T = 1024 the sums of all the heads in work
-stay in an H200's cache. A program a head: `attention.py` chooses this where heads are many and not long.
+dk and dv of a key tile stay in registers. dq is accumulated over the keys in memory, by the copy engine where there is
+one, in 4 bytes an element that only the head's own program adds to; at T = 1024 the accumulators of all heads in flight
+stay in an H200's cache. Since a program takes a whole head, `operator.py` chooses this where heads are many and short.
 """
 
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key
-from ...tiles import ATTENTION_ONE_PASS, Case
-from .backward import _NOT_SPECIALISED, _key_gradients, case, case_options
-from .tile_io import _finish_adding, _head, _load, _store, _store_stats
+from .key_gradients import key_gradients
+from .tile_io import (
+    NOT_SPECIALISED,
+    head_of,
+    head_of_contiguous,
+    load,
+    rows_of,
+    store,
+    store_stats,
+    wait_for_adds,
+)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
-def prepare_kernel(
-    out,
-    dout,
-    lse,
-    stats,
-    total,
-    dout_b,
-    dout_t,
-    dout_h,
-    n_head,
-    q_len,
-    padded,
-    keep_share,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The stats of `query_kernel`, and zeros in total: (B · H, padded, D). One program a tile of ROWS rows of a head."""
-    tiles = padded // ROWS
-    head, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
-    batch, number = head // n_head, head % n_head
-    row = start + tl.arange(0, ROWS)
-    out = _head(out, batch, number, q_len.to(tl.int64) * (n_head * D), D)
-    dout = _head(dout, batch, number, dout_b, dout_h)
-    result = _load(out, batch, number, start, n_head * D, q_len, D, WIDTH, ROWS, True)
-    slope = _load(dout, batch, number, start, dout_t, q_len, D, WIDTH, ROWS, True)
-    sums = tl.sum(result.to(tl.float32) * slope.to(tl.float32), 1) * keep_share
-    _store_stats(stats, lse, sums, head, row, q_len, padded)
-    total += head.to(tl.int64) * padded * D
-    _store(total, tl.zeros((ROWS, WIDTH), tl.float32), start, D, padded, D, WIDTH, ROWS)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
+def prepare_kernel(o, do, lse, stats, dq_acc, do_strides, n_head, q_len, padded, keep_prob, meta):
+    """The stats of `query_kernel`, and zeros in dq_acc: (B · H, padded, D). One program a query tile of a head."""
+    tiles = padded // meta.BLOCK_M
+    bh, start_m = tl.program_id(0) // tiles, tl.program_id(0) % tiles * meta.BLOCK_M
+    batch, head = bh // n_head, bh % n_head
+    offs_m = start_m + tl.arange(0, meta.BLOCK_M)
+    o_head = head_of_contiguous(o, n_head, batch, head, q_len, meta)
+    do_head = head_of(do, do_strides, batch, head, q_len)
+    o_tile = load(o_head, start_m, meta.BLOCK_M, True, meta)
+    do_tile = load(do_head, start_m, meta.BLOCK_M, True, meta)
+    delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1) * keep_prob
+    store_stats(stats, lse, delta, bh, offs_m, q_len, padded)
+    zeros = tl.zeros((meta.BLOCK_M, meta.BLOCK_D), tl.float32)
+    store(rows_of(dq_acc, bh, padded, meta), zeros, start_m, meta.BLOCK_M, meta)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def one_pass_kernel(
-    q,
-    k,
-    v,
-    dout,
-    stats,
-    total,
-    dk,
-    dv,
-    first_key,
-    seed,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    dout_b,
-    dout_t,
-    dout_h,
-    dk_b,
-    dk_t,
-    n_head,
-    q_len,
-    k_len,
-    padded,
-    stream,
-    threshold,
-    scale,
-    keep_scale,
-    grad_scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """dk and dv, and dq but for its factor, added to zeros in total: float32 (heads, padded, D).
+    q, k, v, do, stats, dq_acc, dk, dv, first_key, seed, q_strides, k_strides, v_strides, do_strides, dk_strides,
+    n_head, q_len, k_len, padded, stream, threshold, scale, keep_scale, grad_scale, meta,
+):  # fmt: skip
+    """dk and dv of one head, and its unscaled dq, added to zeros in dq_acc: float32 (B · H, padded, D).
 
-    A program walks all the keys of one head. Nobody else adds to that head's sums, and what one tile of keys adds is in
-    memory before the next one adds to it, so every sum has one order.
+    The program walks over all keys of the head. No other program adds to this head's dq, and what one key tile adds is
+    in memory before the next one adds to it, so every sum has one order.
     """
-    head = tl.program_id(0)
-    batch, number = head // n_head, head % n_head
+    bh = tl.program_id(0)
+    batch, head = bh // n_head, bh % n_head
     key = dropout_key(seed, stream)
-    q = _head(q, batch, number, q_b, q_h)
-    k = _head(k, batch, number, k_b, k_h)
-    v = _head(v, batch, number, v_b, v_h)
-    dout = _head(dout, batch, number, dout_b, dout_h)
-    dk = _head(dk, batch, number, dk_b, D)
-    dv = _head(dv, batch, number, dk_b, D)
-    for begin in tl.range(0, k_len, BLOCK, num_stages=1):
-        dkeys, dvalues = _key_gradients(
-            q,
-            k,
-            v,
-            dout,
-            stats,
-            total,
-            first_key,
-            key,
-            head,
-            batch,
-            number,
-            begin,
-            q_t,
-            k_t,
-            v_t,
-            dout_t,
-            q_len,
-            k_len,
-            padded,
-            threshold,
-            scale,
-            D,
-            WIDTH,
-            CAUSAL,
-            ROWS,
-            BLOCK,
-            STAGES,
-        )
-        _store(dk, dkeys * grad_scale, begin, dk_t, k_len, D, WIDTH, BLOCK)
-        _store(dv, dvalues * keep_scale, begin, dk_t, k_len, D, WIDTH, BLOCK)
-        _finish_adding(total)
+    q_head = head_of(q, q_strides, batch, head, q_len)
+    k_head = head_of(k, k_strides, batch, head, k_len)
+    v_head = head_of(v, v_strides, batch, head, k_len)
+    do_head = head_of(do, do_strides, batch, head, q_len)
+    dk_head = head_of(dk, dk_strides, batch, head, k_len)
+    dv_head = head_of(dv, dk_strides, batch, head, k_len)
+    for start_n in tl.range(0, k_len, meta.BLOCK_N, num_stages=1):
+        dk_tile, dv_tile = key_gradients(
+            q_head, k_head, v_head, do_head, stats, dq_acc, first_key, key, bh, start_n, padded, threshold, scale, meta
+        )  # fmt: skip
+        store(dk_head, dk_tile * grad_scale, start_n, meta.BLOCK_N, meta)
+        store(dv_head, dv_tile * keep_scale, start_n, meta.BLOCK_N, meta)
+        wait_for_adds(dq_acc)
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
-def finish_kernel(
-    total,
-    dq,
-    dq_b,
-    dq_t,
-    n_head,
-    q_len,
-    padded,
-    grad_scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """dq, with the strides of (B, Tq, H, D), out of the sums (B · H, padded, D). One program a tile of a head."""
-    tiles = padded // ROWS
-    head, start = tl.program_id(0) // tiles, tl.program_id(0) % tiles * ROWS
-    total += head.to(tl.int64) * padded * D
-    value = _load(total, 0, 0, start, D, padded, D, WIDTH, ROWS, False) * grad_scale
-    dq = _head(dq, head // n_head, head % n_head, dq_b, D)
-    _store(dq, value, start, dq_t, q_len, D, WIDTH, ROWS)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles of this file: nothing where no row asks for it."""
-    rows = ATTENTION_ONE_PASS.get(architecture, ())
-    widest = max((row.limit for row in rows if row.rows), default=0)
-    options = [option for option in case_options(architecture) if option[0] <= widest and option[5]]
-    if not options:
-        return []
-    found = [case(one_pass_kernel, ATTENTION_ONE_PASS, *option, architecture) for option in options]
-    by_pointer = {"any": rows}  # as these two read
-    for kernel in (prepare_kernel, finish_kernel):
-        small = case(kernel, by_pointer, 64, "bf16", True, False, False, False, architecture)
-        found.append(small._replace(tile=small.tile._replace(warps=4, programs=0)))
-    return found
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
+def finish_kernel(dq_acc, dq, dq_strides, n_head, q_len, padded, grad_scale, meta):
+    """dq = grad_scale · dq_acc. One program a query tile of a head."""
+    tiles = padded // meta.BLOCK_M
+    bh, start_m = tl.program_id(0) // tiles, tl.program_id(0) % tiles * meta.BLOCK_M
+    dq_tile = load(rows_of(dq_acc, bh, padded, meta), start_m, meta.BLOCK_M, False, meta) * grad_scale
+    dq_head = head_of(dq, dq_strides, bh // n_head, bh % n_head, q_len)
+    store(dq_head, dq_tile, start_m, meta.BLOCK_M, meta)

@@ -1,92 +1,63 @@
-"""The forward kernel of attention; `operator.py` has the formulas, the bytes it moves and the launcher."""
+"""The forward kernel of attention. `operator.py` has the mathematics, the bytes it moves and the launcher."""
 
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key, keep_scores
-from .tile_io import _first_keys, _head, _key_range, _load, _place, _store, _visible
+from .masking import first_keys, key_range, visible
+from .tile_io import NOT_SPECIALISED, head_of, head_of_contiguous, load, place, store
 
-_NOT_SPECIALISED = ["n_head", "q_len", "k_len", "padded", "group", "stream", "threshold"]
 
-
-@triton.jit(do_not_specialize=_NOT_SPECIALISED)
+@triton.jit(do_not_specialize=NOT_SPECIALISED)
 def forward_kernel(
-    q,
-    k,
-    v,
-    out,
-    lse,
-    first_key,
-    seed,
-    q_b,
-    q_t,
-    q_h,
-    k_b,
-    k_t,
-    k_h,
-    v_b,
-    v_t,
-    v_h,
-    n_head,
-    q_len,
-    k_len,
-    group,
-    stream,
-    threshold,
-    scale,
-    keep_scale,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """out: (B, Tq, H, D) contiguous; lse: (B, H, Tq) float32, +inf for rows that see nothing.
+    q, k, v, o, lse, first_key, seed, q_strides, k_strides, v_strides,
+    n_head, q_len, k_len, group, stream, threshold, scale, keep_scale, meta,
+):  # fmt: skip
+    """O and the log-sum-exp of one query tile. The program walks over the key tiles.
 
-    Softmax as it goes (Milakov and Gimelshein, 2018): `level` is the maximum so far, `total` the sum.
+    o: (B, Tq, H, D) contiguous. lse: (B, H, Tq) float32 in units of log2, +inf for queries that see no key.
+    Online softmax (Milakov and Gimelshein, 2018): m_i is the running maximum of S, l_i the running sum of P.
     """
-    tiles = tl.cdiv(q_len, ROWS)
-    head, turn = _place(tiles, group)
-    batch, number = head // n_head, head % n_head
-    begin = (tiles - 1 - turn) * ROWS  # the last rows see the most keys
-    row = begin + tl.arange(0, ROWS)
-    first = _first_keys(first_key, row, batch, q_len, k_len)
-    low, whole, high = _key_range(begin, first, q_len, k_len, CAUSAL, ROWS, BLOCK)
+    tiles = tl.cdiv(q_len, meta.BLOCK_M)
+    bh, index = place(tiles, group)
+    batch, head = bh // n_head, bh % n_head
+    start_m = (tiles - 1 - index) * meta.BLOCK_M  # the last queries see the most keys
+    offs_m = start_m + tl.arange(0, meta.BLOCK_M)
+    first = first_keys(first_key, offs_m, batch, q_len, k_len)
+    low, whole, high = key_range(start_m, first, q_len, k_len, meta)
     key = dropout_key(seed, stream)
-    q = _head(q, batch, number, q_b, q_h)
-    k = _head(k, batch, number, k_b, k_h)
-    v = _head(v, batch, number, v_b, v_h)
-    queries = _load(q, batch, number, begin, q_t, q_len, D, WIDTH, ROWS, True)
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    level = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    q_head = head_of(q, q_strides, batch, head, q_len)
+    k_head = head_of(k, k_strides, batch, head, k_len)
+    v_head = head_of(v, v_strides, batch, head, k_len)
+    q_tile = load(q_head, start_m, meta.BLOCK_M, True, meta)
+    acc = tl.zeros((meta.BLOCK_M, meta.BLOCK_D), tl.float32)
+    m_i = tl.full((meta.BLOCK_M,), float("-inf"), tl.float32)
+    l_i = tl.zeros((meta.BLOCK_M,), tl.float32)
     for MASKED in tl.static_range(first_key is not None, 2):
         stop = high if MASKED else whole
         # an encoder's masked loop has one tile at most: pipelined, its matrix instructions are serialized
-        for start in tl.range(low, stop, BLOCK, num_stages=STAGES if CAUSAL or not MASKED else 1):
-            column = start + tl.arange(0, BLOCK)
-            keys = _load(k, batch, number, start, k_t, k_len, D, WIDTH, BLOCK, MASKED)
-            scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")  # (ROWS, BLOCK)
+        for start_n in tl.range(
+            low, stop, meta.BLOCK_N, num_stages=meta.STAGES if meta.CAUSAL or not MASKED else 1
+        ):
+            offs_n = start_n + tl.arange(0, meta.BLOCK_N)
+            k_tile = load(k_head, start_n, meta.BLOCK_N, MASKED, meta)
+            qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             if MASKED:
-                seen = _visible(row, column, first, q_len, k_len, CAUSAL, False)
-                scores = tl.where(seen, scores, float("-inf"))
-            higher = tl.maximum(level, tl.max(scores, 1) * scale)
-            shift = tl.where(
-                higher == float("-inf"), 0.0, higher
-            )  # a row that has seen nothing: not -inf - -inf
-            weights = tl.exp2(scores * scale - shift[:, None])
-            fade = tl.exp2(level - shift)
-            total = total * fade + tl.sum(weights, 1)
-            level = higher
+                mask = visible(offs_m, offs_n, first, q_len, k_len, meta.CAUSAL, False)
+                qk = tl.where(mask, qk, float("-inf"))
+            m_ij = tl.maximum(m_i, tl.max(qk, 1) * scale)
+            # for a query that has seen no key yet, -inf - -inf would be NaN
+            shift = tl.where(m_ij == float("-inf"), 0.0, m_ij)
+            p = tl.exp2(qk * scale - shift[:, None])
+            alpha = tl.exp2(m_i - shift)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            m_i = m_ij
             if key is not None:
-                keep = keep_scores(key, head, row[:, None], column[None, :], threshold)
-                weights = tl.where(keep, weights, 0.0)
-            values = _load(v, batch, number, start, v_t, k_len, D, WIDTH, BLOCK, MASKED)
-            acc = tl.dot(weights.to(values.dtype), values, acc * fade[:, None], input_precision="ieee")
+                p = tl.where(keep_scores(key, bh, offs_m[:, None], offs_n[None, :], threshold), p, 0.0)
+            v_tile = load(v_head, start_n, meta.BLOCK_N, MASKED, meta)
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
         low = whole
-    blind = total == 0.0  # and so is acc
-    total = tl.where(blind, 1.0, total)
-    acc *= (keep_scale / total)[:, None]
-    out = _head(out, batch, number, q_len.to(tl.int64) * (n_head * D), D)
-    _store(out, acc, begin, n_head * D, q_len, D, WIDTH, ROWS)
-    lse += head.to(tl.int64) * q_len + row
-    tl.store(lse, tl.where(blind, float("inf"), level + tl.log2(total)), mask=row < q_len)
+    blind = l_i == 0.0  # and so is acc
+    l_i = tl.where(blind, 1.0, l_i)
+    acc *= (keep_scale / l_i)[:, None]
+    store(head_of_contiguous(o, n_head, batch, head, q_len, meta), acc, start_m, meta.BLOCK_M, meta)
+    lse += bh.to(tl.int64) * q_len + offs_m
+    tl.store(lse, tl.where(blind, float("inf"), m_i + tl.log2(l_i)), mask=offs_m < q_len)

@@ -1,15 +1,16 @@
 """Causal self-attention straight from the packed projection (Vaswani et al., 2017, section 3.2).
 
     forward   S = scale · Q Kᵀ,  P = softmax(S over the visible keys),  O = (P ∘ mask / keep) V
-    backward  dV = (P ∘ mask / keep)ᵀ dO,  dP = (dO Vᵀ) ∘ mask / keep,  dS = P ∘ (dP − rowsum(dO ∘ O))
+    backward  dV = (P ∘ mask / keep)ᵀ dO,  dP = (dO Vᵀ) ∘ mask / keep,  delta = rowsum(dO ∘ O),  dS = P ∘ (dP − delta)
               dQ = scale · dS K,  dK = scale · dSᵀ Q
 
 Query i of Tq sees key j of Tk where j ≤ i + Tk − Tq (causal: the last query sees every key) and j ≥ first_key[b, i].
-A row that sees no key gives zeros.
+A query that sees no key gives zeros.
 
 The (Tq, Tk) matrices never leave the chip (Dao et al., 2022). Saved: the inputs, O and the log-sum-exp of every row of S,
-one float32; P = exp(S − log-sum-exp) is computed again. The kernels read heads by stride out of the packed projection and
-write (B, T, C), and dQ, dK, dV side by side into one packed gradient: nothing is transposed or copied.
+one float32; the backward computes P = exp(S − log-sum-exp) again (Dao, 2023, section 3.1). The kernels read heads by
+stride out of the packed projection and write (B, T, C), and dQ, dK, dV into one packed gradient: nothing is transposed
+or copied.
 
 For A = B · H · D, s bytes an element and n visible pairs of a query and a key over all heads (B · H · T² / 2 causal):
 
@@ -18,23 +19,25 @@ For A = B · H · D, s bytes an element and n visible pairs of a query and a key
     one pass     5 matmuls, 10 n D FLOPs                          q, k, v, O in, dO twice, dQ, dK, dV out, and dQ in
                                                                   float32: zeroed, summed, read, 4 Tq A bytes each
 
-and 4 B · H · Tq bytes of float32 for the log-sum-exp and, within the backward, twice that again for it and
-rowsum(dO ∘ O), in whole tiles. Keys and values are read once for every tile of queries, all but the first time from the
-cache. Neither backward adds in an order that varies: in two passes nobody adds to another's sum, in one pass a program
-has a head of its own, whose dQ it sums in the cache, 8 n D / (keys of a tile) bytes there and back. One pass takes fewer
-matmuls and exponentials, and one hash of each dropout word instead of two; two passes take any number of heads.
+and 4 B · H · Tq bytes of float32 for the log-sum-exp and, within the backward, twice that again for it and delta, in
+whole tiles. Keys and values are read once for every query tile, all but the first time from the cache. Both backwards
+are deterministic: in two passes no program adds to another's sum, in one pass a program owns a head, whose dQ it sums in
+the cache, 8 n D / BLOCK_N bytes there and back. One pass takes fewer matmuls and exponentials, and one hash of each
+dropout word instead of two; two passes take any number of heads.
 
-On Hopper and Blackwell tiles come by tensor descriptors, elsewhere and from odd strides by pointers: the same kernels.
+On Hopper and Blackwell tiles are loaded by tensor descriptors, elsewhere and from odd strides by pointers, by the same
+kernels.
 """
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import checks, reference
-from ..._triton import INTERPRETED, TensorDescriptor, on_device_of, triton
+from ..._triton import INTERPRETED, TensorDescriptor, on_device_of, tl, triton
 from ...backend import autocast, choose, register
 from ...dropout_mask import ATTENTION_LEVELS, attention_threshold, int32_bits, keep_scale
 from ...tiles import (
@@ -54,10 +57,11 @@ from ...tiles import (
 from .backward import key_kernel, query_kernel
 from .backward_one_pass import finish_kernel, one_pass_kernel, prepare_kernel
 from .forward import forward_kernel
+from .tile_io import Meta, Strides
 
 WIDEST = {torch.float32: 64, torch.bfloat16: 128, torch.float16: 128}  # head_dim that the kernels take
-_CACHED = 1 << 24  # bytes of keys and values that programs share at a time: a third of an H200's cache
 DECODED = 16  # queries that still fit in the smallest tile
+_CACHED = 1 << 24  # bytes of keys and values that programs share at a time: a third of an H200's cache
 _LONGEST_STRIDE = 1 << 23  # between rows: 128 of them stay within 32 bits
 
 
@@ -72,34 +76,29 @@ def _launch_forward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
-    """O: (B, Tq, H, D) and the log-sum-exp in units of log2: (B, H, Tq) float32, +inf where a row sees nothing."""
+    """O: (B, Tq, H, D) and the log-sum-exp in units of log2: (B, H, Tq) float32, +inf where a query sees no key."""
     q, k, v = _readable(q), _readable(k), _readable(v)
     batch, q_len, n_head, _ = q.shape
     k_len = k.shape[1]
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    o = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = q.new_empty((batch, n_head, q_len), dtype=torch.float32)
     tile = _tile(ATTENTION_DECODE if q_len <= DECODED else ATTENTION_FORWARD, q, k, v)
+    sources = _sources((q, tile.rows), (k, tile.block), (v, tile.block))
     _run(
-        forward_kernel,
-        triton.cdiv(q_len, tile.rows) * batch * n_head,
-        tile,
-        q,
-        *_sources((q, tile.rows), (k, tile.block), (v, tile.block)),
-        *(out, lse, first_key, seed),
-        *(*_strides(q), *_strides(k), *_strides(v)),
-        *(n_head, q_len, k_len, _group(q, k_len), *_options(p, stream, scale)),
+        forward_kernel, triton.cdiv(q_len, tile.rows) * batch * n_head, tile, q, causal,
+        *sources, o, lse, first_key, seed, _strides(q), _strides(k), _strides(v),
+        n_head, q_len, k_len, _group(q, k_len), *_options(p, stream, scale),
         keep_scale(attention_threshold(p) / ATTENTION_LEVELS),
-        **_walk(tile, causal),
-    )
-    return out, lse
+    )  # fmt: skip
+    return o, lse
 
 
 def _launch_backward(
-    dout: Tensor,
+    do: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    o: Tensor,
     lse: Tensor,
     dq: Tensor,
     dk: Tensor,
@@ -111,101 +110,74 @@ def _launch_backward(
     scale: float,
     causal: bool,
 ) -> None:
-    """Writes dq, dk and dv. The heads of each lie side by side, and dk and dv have the same strides."""
-    q, k, v, dout, out = _readable(q), _readable(k), _readable(v), _readable(dout), out.contiguous()
-    batch, q_len, n_head, _ = q.shape
+    """Write dq, dk and dv. The heads of each are adjacent, and dk and dv have the same strides."""
+    q, k, v, do, o = _readable(q), _readable(k), _readable(v), _readable(do), o.contiguous()
+    batch, q_len, n_head, head_dim = q.shape
     k_len, heads = k.shape[1], batch * n_head
-    one_pass = _one_pass_tile(q, k, v, dout, out)
-    tile = one_pass or _tile(ATTENTION_KEY, q, k, v, dout, out)
+    one_pass = _one_pass_tile(q, k, v, do, o)
+    tile = one_pass or _tile(ATTENTION_KEY, q, k, v, do, o)
     padded = triton.cdiv(q_len, tile.rows) * tile.rows
     stats = lse.new_empty((2 * heads, padded))
-    masks = (first_key, seed)
-    strides = [stride for t in (q, k, v, dout) for stride in _strides(t)]
+    sources = _sources((q, tile.rows), (k, tile.block), (v, tile.block), (do, tile.rows), (stats, tile.rows))
+    strides = _strides(q), _strides(k), _strides(v), _strides(do)
     lengths, options = (n_head, q_len, k_len, padded), _options(p, stream, scale)
     dropped = attention_threshold(p) / ATTENTION_LEVELS
-    kept = keep_scale(dropped)
+    keep_prob, kept = 1.0 - dropped, keep_scale(dropped)
     if one_pass:
         tiles, light = heads * padded // tile.rows, tile._replace(warps=4)
-        total = lse.new_empty((heads, padded, q.shape[3]))
-        rows = (n_head, q_len, padded)
+        dq_acc = lse.new_empty((heads, padded, head_dim))
+        # the interpreter cannot add by descriptor
+        added = dq_acc if INTERPRETED else _descriptor(dq_acc, tile.rows)
         _run(
-            prepare_kernel,
-            tiles,
-            light,
-            q,
-            out,
-            dout,
-            lse,
-            stats,
-            total,
-            *_strides(dout),
-            *rows,
-            1.0 - dropped,
-        )
+            prepare_kernel, tiles, light, q, False,
+            o, do, lse, stats, dq_acc, _strides(do), n_head, q_len, padded, keep_prob,
+        )  # fmt: skip
         _run(
-            one_pass_kernel,
-            heads,
-            tile,
-            q,
-            *_sources(
-                (q, tile.rows), (k, tile.block), (v, tile.block), (dout, tile.rows), (stats, tile.rows)
-            ),
-            *(
-                total if INTERPRETED else _descriptor(total, tile.rows),
-                dk,
-                dv,
-                *masks,
-            ),  # it cannot add by descriptor
-            *(*strides, *dk.stride()[:2], *lengths, *options, kept, kept * scale),
-            **_walk(tile, causal),
-        )
-        _run(finish_kernel, tiles, light, q, total, dq, *dq.stride()[:2], *rows, kept * scale)
+            one_pass_kernel, heads, tile, q, causal,
+            *sources, added, dk, dv, first_key, seed, *strides, _gradient_strides(dk),
+            *lengths, *options, kept, kept * scale,
+        )  # fmt: skip
+        _run(
+            finish_kernel, tiles, light, q, False,
+            dq_acc, dq, _gradient_strides(dq), n_head, q_len, padded, kept * scale,
+        )  # fmt: skip
         return
-    query = _tile(ATTENTION_QUERY, q, k, v, dout, out)
+    query = _tile(ATTENTION_QUERY, q, k, v, do, o)
     _run(
-        query_kernel,
-        triton.cdiv(q_len, query.rows) * heads,
-        query,
-        q,
-        *_sources((q, query.rows), (k, query.block), (v, query.block), (out, query.rows), (dout, query.rows)),
-        *(lse, stats, dq, *masks, *strides, *dq.stride()[:2]),
-        *(*lengths, _group(q, k_len), *options, 1.0 - dropped, kept * scale),
-        **_walk(query, causal),
-    )
+        query_kernel, triton.cdiv(q_len, query.rows) * heads, query, q, causal,
+        *_sources((q, query.rows), (k, query.block), (v, query.block), (o, query.rows), (do, query.rows)),
+        lse, stats, dq, first_key, seed, *strides, _gradient_strides(dq),
+        *lengths, _group(q, k_len), *options, keep_prob, kept * scale,
+    )  # fmt: skip
     _run(
-        key_kernel,
-        triton.cdiv(k_len, tile.block) * heads,
-        tile,
-        q,
-        *_sources((q, tile.rows), (k, tile.block), (v, tile.block), (dout, tile.rows), (stats, tile.rows)),
-        *(dk, dv, *masks, *strides, *dk.stride()[:2]),
-        *(*lengths, _group(q, q_len), *options, kept, kept * scale),
-        **_walk(tile, causal),
-    )
+        key_kernel, triton.cdiv(k_len, tile.block) * heads, tile, q, causal,
+        *sources, dk, dv, first_key, seed, *strides, _gradient_strides(dk),
+        *lengths, _group(q, q_len), *options, kept, kept * scale,
+    )  # fmt: skip
 
 
 def _run(
-    kernel: Any, programs: int, tile: Tile | OnePassTile, q: Tensor, *arguments: Any, **walk: Any
+    kernel: Any, programs: int, tile: Tile | OnePassTile, q: Tensor, causal: bool, *arguments: Any
 ) -> None:
     if programs == 0:
         return
-    head_dim = q.shape[3]
-    width = max(16, next_power_of_two(head_dim))
     with on_device_of(q):
-        kernel[(programs,)](*arguments, D=head_dim, WIDTH=width, ROWS=tile.rows, **walk, num_warps=tile.warps)
+        kernel[(programs,)](*arguments, _meta(q.shape[3], tile, causal), num_warps=tile.warps)
 
 
-def _walk(tile: Tile | OnePassTile, causal: bool) -> dict[str, Any]:
-    """The constants of kernels that walk over tiles."""
-    return {"CAUSAL": causal, "BLOCK": tile.block, "STAGES": tile.stages}
+@cache
+def _meta(head_dim: int, tile: Tile | OnePassTile, causal: bool) -> Meta:
+    block_d = max(16, next_power_of_two(head_dim))
+    return Meta(*map(tl.constexpr, (head_dim, block_d, tile.rows, tile.block, tile.stages, causal)))
 
 
 def _options(p: float, stream: int, scale: float) -> tuple[int, int, float]:
+    """stream, threshold and scale. Scores are in units of log2, as exp2 is what the hardware has."""
     return int32_bits(stream), attention_threshold(p), scale * math.log2(math.e)
 
 
 def _row_name(*read: Tensor) -> str:
-    """The rows for reading these tensors."""
+    """The name of the table rows for kernels that read these tensors."""
     architecture = hardware(read[0].device).architecture
     return attention_row(architecture, read[0].dtype == torch.float32, all(map(_describable, read)))
 
@@ -215,20 +187,20 @@ def _tile(table: dict[str, tuple[Tile, ...]], *read: Tensor) -> Tile:
 
 
 def _one_pass_tile(*read: Tensor) -> OnePassTile | None:
-    """The tile of a backward in one pass where that is expected to win; None for two passes.
+    """The tile of the backward in one pass where that is expected to win; None for two passes.
 
-    A program owns a head, so heads have to fill the multiprocessors, and the sums of dq of those in work have to stay
-    in the cache: the row says how much of both.
+    A program owns a head, so heads have to fill the multiprocessors, and the accumulators of dq of those in flight have
+    to stay in the cache: the table row says how much of both.
     """
     q = read[0]
     tile = attention_tile(ATTENTION_ONE_PASS, _row_name(*read), q.shape[3])
     if not tile.rows:
         return None
-    at_once = hardware(q.device).multiprocessors * tile.programs
+    in_flight = hardware(q.device).multiprocessors * tile.programs
     heads = q.shape[0] * q.shape[2]
-    filled = 100 * heads >= tile.busy * triton.cdiv(heads, at_once) * at_once
-    sums = min(heads, at_once) * q.shape[1] * q.shape[3] * 4
-    return tile if filled and sums <= tile.cached << 20 else None
+    filled = 100 * heads >= tile.busy * triton.cdiv(heads, in_flight) * in_flight
+    accumulators = min(heads, in_flight) * q.shape[1] * q.shape[3] * 4
+    return tile if filled and accumulators <= tile.cached << 20 else None
 
 
 def _group(q: Tensor, length: int) -> int:
@@ -239,7 +211,7 @@ def _group(q: Tensor, length: int) -> int:
 
 
 def _sources(*tensors_and_rows: tuple[Tensor, int]) -> list[Any]:
-    """The tensors as the kernels load them, by tiles of so many rows: all by descriptor, or all by pointer.
+    """The tensors as the kernels load them, in tiles of so many rows: all by descriptor, or all by pointer.
 
     A descriptor holds an address and goes to the GPU with the launch, as a pointer does: a captured graph keeps it, and
     its memory with it.
@@ -251,27 +223,31 @@ def _sources(*tensors_and_rows: tuple[Tensor, int]) -> list[Any]:
 
 
 def _describable(x: Tensor) -> bool:
-    """Whether descriptors can hold x: they count in 16 bytes."""
+    """Whether a descriptor can hold x: its address and strides are multiples of 16 bytes."""
     steps = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(step > 0 and step % 16 == 0 for step in steps)
 
 
 def _descriptor(x: Tensor, rows: int) -> Any:
-    """Of (B, T, H, D) as (B, H, T, D), or of what has its rows next to last, or in one dimension last."""
+    """Tiles of so many rows: of (B, T, H, D) as (B, H, T, D), of (heads, T, D), or of (heads, T)."""
     x = x.transpose(1, 2) if x.dim() == 4 else x
-    width = max(16, next_power_of_two(x.shape[-1]))
-    block = [1, rows] if x.dim() == 2 else [*[1] * (x.dim() - 2), rows, width]
+    block_d = max(16, next_power_of_two(x.shape[-1]))
+    block = [1, rows] if x.dim() == 2 else [*[1] * (x.dim() - 2), rows, block_d]
     return TensorDescriptor.from_tensor(x, block)
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x as (B, T, H, D) with adjacent elements of a head; a copy where it has them apart."""
+    """x: (B, T, H, D), copied where the elements of a head are not adjacent or its rows are too far apart."""
     return x if x.stride(3) == 1 and x.stride(1) < _LONGEST_STRIDE else x.contiguous()
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Of batch, position and head."""
-    return x.stride()[:3]
+def _strides(x: Tensor) -> Strides:
+    return Strides(*x.stride()[:3])
+
+
+def _gradient_strides(x: Tensor) -> Strides:
+    """Of dq, dk or dv, whose heads are adjacent: their distance is a compile-time constant."""
+    return Strides(*x.stride()[:2], tl.constexpr(x.shape[3]))
 
 
 def _heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -304,17 +280,41 @@ _attention_backward = register(
 )
 
 
+def _packed_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, *options: Any
+) -> Tensor:
+    dqkv = _fake_packed_backward(dout, qkv)
+    dout, out = dout.unflatten(2, (n_head, -1)), out.unflatten(2, (n_head, -1))
+    _launch_backward(dout, *_heads(qkv, n_head), out, lse, *_heads(dqkv, n_head), *options)
+    return dqkv
+
+
+def _fake_packed_backward(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_packed_attention_backward = register(
+    f"packed_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, {_OPTIONS}) -> Tensor",
+    _packed_backward,
+    _fake_packed_backward,
+)
+
+
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, first_key, ctx.p, seed, ctx.stream, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(q, k, v, *output, first_key, seed)
+    """For both operators. inputs: q, k, v or qkv, n_head; then the options."""
+    *operands, first_key, ctx.p, seed, ctx.stream, ctx.scale, ctx.causal = inputs
+    tensors = [x for x in operands if isinstance(x, Tensor)]
+    ctx.save_for_backward(*output, first_key, seed, *tensors)
 
 
 def _gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dout is None:
-        return (None,) * 9
-    *tensors, first_key, seed = ctx.saved_tensors
+        return (None,) * len(ctx.needs_input_grad)
+    out, lse, first_key, seed, *qkv = ctx.saved_tensors
     options = (first_key, ctx.p, seed, ctx.stream, ctx.scale, ctx.causal)
-    return *_attention_backward(dout, *tensors, *options), *(None,) * 6
+    if len(qkv) == 3:
+        return *_attention_backward(dout, *qkv, out, lse, *options), *(None,) * 6
+    return _packed_attention_backward(dout, *qkv, out, lse, lse.shape[1], *options), *(None,) * 7
 
 
 _attention = register(
@@ -337,45 +337,12 @@ def _fake_packed(qkv: Tensor, n_head: int, *_: Any) -> tuple[Tensor, Tensor]:
     return qkv.new_empty((batch, length, width // 3)), lse
 
 
-def _packed_backward(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, n_head: int, *options: Any
-) -> Tensor:
-    dqkv = _fake_packed_backward(dout, qkv)
-    dout, out = dout.unflatten(2, (n_head, -1)), out.unflatten(2, (n_head, -1))
-    _launch_backward(dout, *_heads(qkv, n_head), out, lse, *_heads(dqkv, n_head), *options)
-    return dqkv
-
-
-def _fake_packed_backward(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
-_packed_attention_backward = register(
-    f"packed_attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, int n_head, {_OPTIONS}) -> Tensor",
-    _packed_backward,
-    _fake_packed_backward,
-)
-
-
-def _save_packed(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    qkv, ctx.n_head, first_key, ctx.p, seed, ctx.stream, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(qkv, *output, first_key, seed)
-
-
-def _packed_gradients(ctx: Any, dout: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 8
-    *tensors, first_key, seed = ctx.saved_tensors
-    options = (first_key, ctx.p, seed, ctx.stream, ctx.scale, ctx.causal)
-    return _packed_attention_backward(dout, *tensors, ctx.n_head, *options), *(None,) * 7
-
-
 _packed_attention = register(
     f"packed_attention(Tensor qkv, int n_head, {_OPTIONS}) -> (Tensor, Tensor)",
     _launch_packed,
     _fake_packed,
-    _save_packed,
-    _packed_gradients,
+    _save,
+    _gradients,
 )
 
 
@@ -394,10 +361,10 @@ def causal_attention(
     Args:
         qkv: (B, T, 3C): queries, keys and values side by side, each of n_head heads of C / n_head.
         n_head: number of heads.
-        dropout_p: probability of dropping an attention weight, quantised to 1/128 (see `kernels/dropout.py`).
+        dropout_p: probability of dropping an attention weight, quantised to 1/128 (see `kernels/dropout_mask.py`).
         seed: int64, one element, on qkv's device; needed where dropout_p > 0.
         stream: which of a step's dropouts this is.
-        scale: of the scores, 1 / √head_dim by default.
+        scale: of the scores, positive; 1 / √head_dim by default.
         causal: False for an encoder, where every position sees every other.
         first_key: (B, T) int32 or int64, optional: position (b, t) sees no key before first_key[b, t].
 
@@ -405,23 +372,30 @@ def causal_attention(
         (B, T, C) in qkv's dtype; under autocast in autocast's.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device, or the probability.
+        TypeError, ValueError: an argument's type, dtype, shape or device, the probability, or the scale.
     """
     checks.floating("causal_attention", qkv=qkv)
+    if isinstance(n_head, Tensor):
+        raise TypeError(
+            "causal_attention: n_head is of type Tensor; it takes an integer, after q, k and v packed into one tensor: "
+            "torch.cat((q, k, v), -1) where each is (B, T, C). For q, k and v of (B, T, H, D) call attention(q, k, v)"
+        )
+    checks.numbers("causal_attention", int, n_head=n_head)
     if qkv.dim() != 3 or n_head < 1 or qkv.shape[2] % (3 * n_head) or qkv.shape[2] == 0:
         raise ValueError(
             f"causal_attention: qkv has shape {tuple(qkv.shape)}; with {n_head} heads it takes (B, T, 3C) where n_head divides C"
         )
     q, k, v = _heads(qkv, n_head)
-    if scale is None or scale > 0.0:
-        _check_options("causal_attention", q, dropout_p, seed, first_key)
-        qkv = autocast(qkv)
-        if _choose(q.shape[3], qkv) == "triton":
-            seed = seed if dropout_p > 0.0 else None
-            scale = scale or q.shape[3] ** -0.5
-            options = (_first_key(first_key, k), dropout_p, seed, stream, scale, causal)
-            return _packed_attention(qkv, n_head, *options)[0]
-    return attention(q, k, v, dropout_p, seed, stream, scale, causal, first_key).flatten(2)  # (B, T, C)
+    _check_options("causal_attention", q, dropout_p, seed, stream, scale, causal, first_key)
+    qkv = autocast(qkv)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if _choose(q.shape[3], qkv) == "torch":
+        q, k, v = _heads(qkv, n_head)
+        out = reference.attention(q, k, v, dropout_p, seed, stream, scale, causal, first_key)
+        return out.flatten(2)  # (B, T, C)
+    seed = seed if dropout_p > 0.0 else None
+    options = (_first_key(first_key, k), dropout_p, seed, stream, scale, causal)
+    return _packed_attention(qkv, n_head, *options)[0]
 
 
 def attention(
@@ -435,7 +409,7 @@ def attention(
     causal: bool = True,
     first_key: Tensor | None = None,
 ) -> Tensor:
-    """Attention of queries over keys and values with lengths of their own.
+    """Attention of queries over keys and values, each with a length of its own.
 
     Args:
         q: (B, Tq, H, D).
@@ -448,7 +422,7 @@ def attention(
         (B, Tq, H, D) in q's dtype; under autocast in autocast's.
 
     Raises:
-        TypeError, ValueError: an argument's dtype, shape or device, or the probability.
+        TypeError, ValueError: an argument's type, dtype, shape or device, the probability, or the scale.
     """
     checks.floating("attention", q=q, k=k, v=v)
     if q.dim() != 4 or 0 in q.shape[2:]:
@@ -462,25 +436,35 @@ def attention(
         raise TypeError(
             f"attention: q, k and v have dtypes {q.dtype}, {k.dtype} and {v.dtype}; they take one"
         )
-    _check_options("attention", q, dropout_p, seed, first_key)
+    _check_options("attention", q, dropout_p, seed, stream, scale, causal, first_key)
     q, k, v = autocast(q), autocast(k), autocast(v)
     scale = q.shape[3] ** -0.5 if scale is None else scale
     if _choose(q.shape[3], q) == "torch":
         return reference.attention(q, k, v, dropout_p, seed, stream, scale, causal, first_key)
-    if scale <= 0.0:  # the kernels look for the largest score before they scale
-        q, scale = (-q, -scale) if scale else (0.0 * q, 1.0)
     seed = seed if dropout_p > 0.0 else None
     return _attention(q, k, v, _first_key(first_key, k), dropout_p, seed, stream, scale, causal)[0]
 
 
 def _check_options(
-    operator: str, q: Tensor, dropout_p: float, seed: Tensor | None, first_key: Tensor | None
+    operator: str,
+    q: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+    scale: float | None,
+    causal: bool,
+    first_key: Tensor | None,
 ) -> None:
+    checks.numbers(operator, int, causal=causal)
+    if scale is not None:
+        checks.numbers(operator, float, scale=scale)
+        if not scale > 0.0:
+            raise ValueError(f"{operator}: scale is {scale}; it takes a positive number")
     if first_key is not None:
         checks.integers(operator, first_key=first_key)
         checks.shape(operator, "first_key", first_key, *q.shape[:2])
         checks.same_device(operator, "the input", q, "first_key", first_key)
-    checks.dropout(operator, dropout_p, seed, q)
+    checks.dropout(operator, dropout_p, seed, q, stream)
 
 
 def _choose(head_dim: int, x: Tensor) -> str:
@@ -490,5 +474,5 @@ def _choose(head_dim: int, x: Tensor) -> str:
 
 
 def _first_key(first_key: Tensor | None, k: Tensor) -> Tensor | None:
-    """As the kernels read it: int32, whatever number an int64 held."""
+    """first_key as the kernels read it: int32, whatever number an int64 held."""
     return None if first_key is None else first_key.clamp(0, k.shape[1]).to(torch.int32).contiguous()

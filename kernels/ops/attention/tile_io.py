@@ -1,16 +1,53 @@
-"""What the attention kernels share: which tile a program owns, how tiles move, and which keys a row sees.
+"""What the attention kernels share: their arguments, which tile a program owns, and how tiles are loaded and stored.
 
-Tiles come through `_load` from a pointer, on any hardware, or from a tensor descriptor, which the copy engine of Hopper
-and newer reads: then the hardware computes addresses and fills in zeros beyond the end of a sequence. Descriptors have
-four dimensions, (B, H, T, D): with fewer, a ragged tile would run into the next sequence or the next head.
+Tiles are loaded through a pointer, on any hardware, or through a tensor descriptor, which the copy engine (TMA) of
+Hopper and newer reads: there the hardware computes addresses and fills in zeros beyond the end of a sequence.
+Descriptors have four dimensions, (B, H, T, D): with fewer, a ragged tile would run into the next sequence or head.
+
+Kernels take strides and compile-time constants as tuples. A tensor stays outside of them, since Triton 3.6 launches no
+descriptor from within a tuple, and so does every number in NOT_SPECIALISED, since `do_not_specialize` does not reach
+the members of a tuple: a kernel would be compiled again for a length of 1 or a multiple of 16.
 """
+
+from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
 
+NOT_SPECIALISED = ["n_head", "q_len", "k_len", "padded", "group", "stream", "threshold"]
+
+
+class Strides(NamedTuple):
+    """Of a (B, T, H, D) tensor, in elements. Those of D are 1."""
+
+    b: int
+    t: int
+    h: int
+
+
+class Meta(NamedTuple):
+    """The compile-time constants of a kernel: every member is a `tl.constexpr`."""
+
+    HEAD_DIM: Any
+    BLOCK_D: Any  # HEAD_DIM as a power of two, at least 16
+    BLOCK_M: Any  # queries of a tile
+    BLOCK_N: Any  # keys of a tile
+    STAGES: Any  # of the loop over tiles
+    CAUSAL: Any
+
+
+class Head(NamedTuple):
+    """One head of a (B, T, H, D) tensor, as `load` and `store` take it."""
+
+    source: Any  # pointer to the head's first element, or a descriptor of the whole tensor
+    batch: Any
+    head: Any
+    stride_t: Any
+    length: Any  # T
+
 
 @triton.jit
-def _place(tiles, group):
-    """The head of this program and which of its tiles.
+def place(tiles, group):
+    """(batch · head, tile) of this program.
 
     `group` heads, as many as the cache holds, take turns: all their first tiles come before all their second ones.
     """
@@ -22,153 +59,75 @@ def _place(tiles, group):
 
 
 @triton.jit
-def _head(source, batch, number, stride_b, stride_h):
-    """Where a head of a (B, T, H, D) tensor begins. A descriptor stays what it is: `_load` tells it the head."""
-    if isinstance(source, tl.tensor_descriptor):
-        return source
+def head_of(x, strides, batch, head, length):
+    """One head of x, a pointer or a descriptor of (B, length, H, D)."""
+    if isinstance(x, tl.tensor_descriptor):
+        return Head(x, batch, head, strides.t, length)
     else:
-        return source + batch.to(tl.int64) * stride_b + number.to(tl.int64) * stride_h
+        start = x + batch.to(tl.int64) * strides.b + head.to(tl.int64) * strides.h
+        return Head(start, batch, head, strides.t, length)
 
 
 @triton.jit
-def _at(pointer, start, stride, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """Pointers to a tile of rows from `start` on. Offsets within a tile fit in 32 bits: the launcher sees to it."""
-    within = tl.arange(0, ROWS)[:, None] * stride + tl.arange(0, WIDTH)[None, :]
-    return pointer + tl.cast(start, tl.int64) * stride + within
+def head_of_contiguous(x, n_head, batch, head, length, meta):
+    """One head of x, a pointer or a descriptor of a contiguous (B, length, n_head, D)."""
+    stride_t = n_head * meta.HEAD_DIM
+    return head_of(x, Strides(length.to(tl.int64) * stride_t, stride_t, meta.HEAD_DIM), batch, head, length)
 
 
 @triton.jit
-def _inside(start, length, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """Which elements of a tile exist, or None where all do. MASKED: rows may lie beyond `length`."""
-    rows = (start + tl.arange(0, ROWS) < length)[:, None]
-    columns = (tl.arange(0, WIDTH) < D)[None, :]
+def rows_of(x, bh, padded, meta):
+    """The rows of x[bh], for x a pointer to a contiguous (B · H, padded, D)."""
+    return Head(x + bh.to(tl.int64) * padded * meta.HEAD_DIM, 0, bh, meta.HEAD_DIM, padded)
+
+
+@triton.jit
+def _pointers(head, start, ROWS: tl.constexpr, meta):
+    """Pointers to ROWS rows from `start` on. Offsets within a tile fit in 32 bits: the launcher sees to it."""
+    within = tl.arange(0, ROWS)[:, None] * head.stride_t + tl.arange(0, meta.BLOCK_D)[None, :]
+    return head.source + tl.cast(start, tl.int64) * head.stride_t + within
+
+
+@triton.jit
+def _bounds(head, start, ROWS: tl.constexpr, MASKED: tl.constexpr, meta):
+    """Which elements of a tile exist, or None where all do. MASKED: rows may lie beyond the head's length."""
+    rows = (start + tl.arange(0, ROWS) < head.length)[:, None]
+    columns = (tl.arange(0, meta.BLOCK_D) < meta.HEAD_DIM)[None, :]
     if MASKED:
-        inside = rows & columns if WIDTH != D else rows
-    elif WIDTH != D:
-        inside = columns
+        mask = rows & columns if meta.BLOCK_D != meta.HEAD_DIM else rows
+    elif meta.BLOCK_D != meta.HEAD_DIM:
+        mask = columns
     else:
-        inside = None
-    return inside
+        mask = None
+    return mask
 
 
 @triton.jit
-def _load(
-    source,
-    batch,
-    number,
-    start,
-    stride,
-    length,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ROWS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
-    """A tile (ROWS, WIDTH) of one head, zeros where nothing is, through what `_head` gave: the seam of the two paths."""
-    if isinstance(source, tl.tensor_descriptor):  # of (B, H, T, D); the hardware fills in the zeros
-        return source.load([batch, number, start, 0]).reshape(ROWS, WIDTH)
+def load(head, start, ROWS: tl.constexpr, MASKED: tl.constexpr, meta):
+    """A tile (ROWS, BLOCK_D) of a head, zeros beyond its rows and columns."""
+    if isinstance(head.source, tl.tensor_descriptor):  # of (B, H, T, D); the hardware fills in the zeros
+        return head.source.load([head.batch, head.head, start, 0]).reshape(ROWS, meta.BLOCK_D)
     else:
-        at = _at(source, start, stride, WIDTH, ROWS)
-        inside = _inside(start, length, D, WIDTH, ROWS, MASKED)
-        return tl.load(at) if inside is None else tl.load(at, mask=inside, other=0.0)
+        pointers = _pointers(head, start, ROWS, meta)
+        mask = _bounds(head, start, ROWS, MASKED, meta)
+        return tl.load(pointers) if mask is None else tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
-def _store(pointer, value, start, stride, length, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    at = _at(pointer, start, stride, WIDTH, ROWS)
-    tl.store(at, value.to(pointer.dtype.element_ty), mask=_inside(start, length, D, WIDTH, ROWS, True))
+def store(head, value, start, ROWS: tl.constexpr, meta):
+    """Write a tile (ROWS, BLOCK_D) through a pointer, as far as its rows and columns exist."""
+    pointers = _pointers(head, start, ROWS, meta)
+    mask = _bounds(head, start, ROWS, True, meta)
+    tl.store(pointers, value.to(head.source.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _visible(row, column, first, q_len, k_len, CAUSAL: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Which of the keys `column` the queries `row` see: (row, column), or (column, row) where transposed."""
-    # of rows that exist, causality leaves no key beyond k_len
-    end = row + (1 + k_len - q_len) if CAUSAL else row * 0 + k_len
-    if first is None:
-        ends, columns = _crossed(end, column, TRANSPOSED)
-        visible = columns < ends
-    else:  # first <= column < end in one comparison: below zero is beyond every unsigned number
-        firsts, columns = _crossed(first, column, TRANSPOSED)
-        counts, _ = _crossed(tl.maximum(end - first, 0), column, TRANSPOSED)
-        visible = (columns - firsts).to(tl.uint32) < counts.to(tl.uint32)
-    return visible
+def load_stats(stats, row, start, padded, ROWS: tl.constexpr):
+    """ROWS numbers of a row of stats, float32 (rows, padded), from `start` on.
 
-
-@triton.jit
-def _crossed(row, column, TRANSPOSED: tl.constexpr):
-    """Both as matrices that broadcast together."""
-    return (row[None, :], column[:, None]) if TRANSPOSED else (row[:, None], column[None, :])
-
-
-@triton.jit
-def _first_keys(first_key, row, batch, q_len, k_len):
-    """The first keys of the rows, or None."""
-    first = None
-    if first_key is not None:
-        first = tl.load(first_key + batch.to(tl.int64) * q_len + row, mask=row < q_len, other=k_len)
-    return first
-
-
-@triton.jit
-def _key_range(begin, first, q_len, k_len, CAUSAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """The keys that a tile of queries sees: (low, whole, high).
-
-    Every row sees the whole of the tiles from low to whole, and not of those from whole to high. With first keys all
-    tiles count as the latter.
+    A descriptor fetches them in one request: by pointers Triton 3.6 copies four bytes a time in every thread, which
+    spills.
     """
-    high = k_len
-    whole = k_len // BLOCK * BLOCK
-    if CAUSAL:  # // rounds towards zero: only what is not negative may be divided
-        high = tl.maximum(tl.minimum(begin + ROWS + k_len - q_len, k_len), 0)
-        whole = tl.maximum(tl.minimum(begin + 1 + k_len - q_len, k_len), 0) // BLOCK * BLOCK
-    low = whole * 0
-    if first is not None:
-        low = tl.minimum(tl.min(first, 0), high) // BLOCK * BLOCK
-        whole = low
-    return low, whole, high
-
-
-@triton.jit
-def _query_range(
-    begin,
-    tiles,
-    q_len,
-    k_len,
-    first_key,
-    batch,
-    CAUSAL: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The tiles of queries that see a tile of keys: (tiles, low, some, every).
-
-    From tile `low` on, `some` tiles see a part of the keys and the next `every` tiles see them all. What follows, up to
-    `tiles`, is a ragged tile or nothing. With first_key any row may begin anywhere: all tiles count as masked, up to
-    the last one with a row that begins before these keys end.
-    """
-    low = tiles * 0
-    some = tiles * 0
-    if CAUSAL:
-        late = begin + q_len - k_len  # the first row that sees the first key
-        low = tl.minimum(tl.maximum(late, 0) // ROWS, tiles)
-        some = tl.minimum(tl.cdiv(tl.maximum(late + BLOCK - 1, 0), ROWS), tiles) - low
-    every = tl.maximum(q_len // ROWS - low - some, 0)
-    if first_key is not None:
-        end = low * 0
-        for start in tl.range(low * ROWS, q_len, 512, num_stages=1):
-            row = start + tl.arange(0, 512)
-            first = _first_keys(first_key, row, batch, q_len, k_len)
-            end = tl.maximum(end, tl.max(tl.where(first < begin + BLOCK, row + 1, 0)))
-        tiles = tl.minimum(tl.cdiv(end, ROWS), tiles)
-        some = tl.maximum(tiles - low, 0)
-        every = low * 0
-    return tiles, low, some, every
-
-
-@triton.jit
-def _load_stats(stats, row, start, padded, ROWS: tl.constexpr):
-    """A row's numbers from start on, of float32 (rows, padded). From a descriptor in one request: by pointers Triton
-    3.6 copies four bytes a time in every thread, which spills."""
     if isinstance(stats, tl.tensor_descriptor):
         return stats.load([row, start]).reshape(ROWS)
     else:
@@ -176,31 +135,33 @@ def _load_stats(stats, row, start, padded, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _store_stats(stats, lse, sums, head, row, q_len, padded):
-    """What `_load_stats` reads of a head: the log-sum-exp, which is returned, and sums. Rows that do not exist get
-    +inf, and so weights of exp2(-inf)."""
-    level = tl.load(lse + head.to(tl.int64) * q_len + row, mask=row < q_len, other=float("inf"))
-    at = stats + 2 * head.to(tl.int64) * padded + row
-    tl.store(at, level, mask=row < padded)
-    tl.store(at + padded, sums, mask=row < padded)
-    return level
+def store_stats(stats, lse, delta, bh, offs_m, q_len, padded):
+    """Write what `load_stats` reads: lse in row 2 · bh, delta in row 2 · bh + 1. Returns lse.
+
+    Rows beyond q_len get +inf, and so a P of exp2(-inf) = 0.
+    """
+    lse_i = tl.load(lse + bh.to(tl.int64) * q_len + offs_m, mask=offs_m < q_len, other=float("inf"))
+    pointers = stats + 2 * bh.to(tl.int64) * padded + offs_m
+    tl.store(pointers, lse_i, mask=offs_m < padded)
+    tl.store(pointers + padded, delta, mask=offs_m < padded)
+    return lse_i
 
 
 @triton.jit
-def _add(total, head, start, padded, part, D: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):
-    """total[head, start : start + ROWS] += part, where this program is the only one to add there."""
-    if isinstance(total, tl.tensor_descriptor):
-        total.atomic_add([head, start, 0], part.reshape(1, ROWS, WIDTH))
+def add(acc, bh, start, padded, value, ROWS: tl.constexpr, meta):
+    """acc[bh, start : start + ROWS] += value, for acc (B · H, padded, D). No other program adds to this head."""
+    if isinstance(acc, tl.tensor_descriptor):
+        acc.atomic_add([bh, start, 0], value.reshape(1, ROWS, meta.BLOCK_D))
     else:
-        at = _at(total + head.to(tl.int64) * padded * D, start, D, WIDTH, ROWS)
-        columns = tl.arange(0, WIDTH)[None, :] < D
-        tl.store(at, tl.load(at, mask=columns, other=0.0) + part, mask=columns)
+        pointers = _pointers(rows_of(acc, bh, padded, meta), start, ROWS, meta)
+        mask = tl.arange(0, meta.BLOCK_D)[None, :] < meta.HEAD_DIM
+        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + value, mask=mask)
 
 
 @triton.jit
-def _finish_adding(total):
-    """What was added is in memory before this program adds to the same place again: so sums have one order."""
-    if isinstance(total, tl.tensor_descriptor):
+def wait_for_adds(acc):
+    """Wait until what this program added is in memory, before it adds to the same place again: sums have one order."""
+    if isinstance(acc, tl.tensor_descriptor):
         # Triton before 3.9 waits until the engine has read the shared memory, not until it has written
         tl.inline_asm_elementwise(
             "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1
