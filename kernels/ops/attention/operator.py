@@ -242,12 +242,12 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _strides(x: Tensor) -> Strides:
-    return Strides(*x.stride()[:3])
+    return Strides(x.stride(0), x.stride(1), x.stride(2))
 
 
 def _gradient_strides(x: Tensor) -> Strides:
     """Of dq, dk or dv, whose heads are adjacent: their distance is a compile-time constant."""
-    return Strides(*x.stride()[:2], tl.constexpr(x.shape[3]))
+    return Strides(x.stride(0), x.stride(1), tl.constexpr(x.shape[3]))
 
 
 def _heads(qkv: Tensor, n_head: int) -> tuple[Tensor, Tensor, Tensor]:
