@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._triton import on_device_of, tl, triton
 from ..backend import register
-from ..tiles import COLUMN_SUM, Case, hardware, select
+from ..tiles import COLUMN_SUM, hardware, select
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -26,16 +26,6 @@ def column_sum_kernel(x, sums, rows, columns, ROWS: tl.constexpr, BLOCK: tl.cons
         here = (row < rows)[:, None] & inside[None, :]
         total += tl.load(x + row[:, None] * columns + column[None, :], mask=here, other=0.0).to(tl.float32)
     tl.store(sums + tl.program_id(1).to(tl.int64) * columns + column, tl.sum(total, 0), mask=inside)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles of this file."""
-    tile = select(COLUMN_SUM, architecture, 2304)
-    sizes = {"rows": "i32", "columns": "i32:16", "ROWS": tile.rows, "BLOCK": tile.block}
-    return [
-        Case(f"column_sum {dtype}", column_sum_kernel, {"x": f"*{dtype}", "sums": "*fp32", **sizes}, tile)
-        for dtype in ("bf16", "fp32")
-    ]
 
 
 def _launch(x: Tensor) -> Tensor:

@@ -4,10 +4,7 @@ One program takes one row of a chunk's logits, in blocks. Offsets are 64 bits wi
 size except whether it is a multiple of 16.
 """
 
-from typing import Any
-
 from .._triton import tl, triton
-from ..tiles import CROSS_ENTROPY, Case, select
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -122,36 +119,3 @@ def cross_entropy_kernel(
             # what is near 1 is taken from 1 before anything is added
             share = _exp(z_target - top) / total
             tl.store(logits + target, share - (1.0 - smoothing) + (share * added - even), mask=known)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row at its widest, and GPT-2's vocabulary with each option."""
-    limits = [row.limit for row in CROSS_ENTROPY.get(architecture, CROSS_ENTROPY["any"])]
-    cases = [
-        _case(architecture, dtype, 50304, loss, gradient, smoothing)
-        for dtype in ("bf16", "fp32")
-        for loss, gradient in ((True, False), (True, True), (False, True))
-        for smoothing in (False, True)
-    ]
-    return cases + [_case(architecture, "bf16", limit, True, True, True) for limit in limits[:-1]]
-
-
-def _case(architecture: str, dtype: str, columns: int, loss: bool, gradient: bool, smoothing: bool) -> Case:
-    tile = select(CROSS_ENTROPY, architecture, columns)
-    what = " + ".join(["loss"] * loss + ["gradient"] * gradient + ["smoothing"] * smoothing)
-    arguments: dict[str, Any] = {
-        "logits": f"*{dtype}",
-        "targets": "*i64",
-        "loss": "*fp32" if loss else None,
-        "lse": "*fp32",
-        "stride": "i32:16",
-        "vocab_size": "i32",
-        "ignore_index": "i32",
-        "smoothing": "fp32",
-        "z_loss": "fp32",
-        "GRADIENT": gradient,
-        "SMOOTHING": smoothing,
-        "K": 4 if dtype == "fp32" else 8,
-        "BLOCK": tile.block,
-    }
-    return Case(f"cross_entropy {what} {dtype} V={columns}", cross_entropy_kernel, arguments, tile)

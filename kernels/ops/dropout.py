@@ -18,7 +18,7 @@ from ..dropout_mask import (
     row_keys,
     threshold_bits,
 )
-from ..tiles import Case, dropout_tile
+from ..tiles import dropout_tile
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows"])
@@ -34,31 +34,6 @@ def _dropout_kernel(
     keep = keep_elements(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :], threshold)
     value = tl.load(x + at, mask=inside).to(tl.float32) * scale
     tl.store(out + at, tl.where(keep, value, 0.0), mask=inside)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles of this file."""
-    tile = dropout_tile(768)
-    return [
-        Case(
-            f"dropout {dtype}",
-            _dropout_kernel,
-            {
-                "x": f"*{dtype}",
-                "out": f"*{dtype}",
-                "seed": "*i64",
-                "stream": "i32",
-                "threshold": "i32",
-                "scale": "fp32",
-                "rows": "i32",
-                "columns": "i32:16",
-                "ROWS": tile.rows,
-                "BLOCK": tile.block,
-            },
-            tile,
-        )
-        for dtype in ("bf16", "fp32")
-    ]
 
 
 def _launch(x: Tensor, p: float, seed: Tensor, stream: int) -> Tensor:

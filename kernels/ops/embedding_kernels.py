@@ -5,11 +5,8 @@ that order which belongs to one table row alone is summed first, by a program of
 not one program's work; then every table row adds up its chunks and what is left before and behind them.
 """
 
-from typing import Any
-
 from .._triton import tl, triton
 from ..dropout_mask import column_keys, dropout_key, keep_elements, row_keys
-from ..tiles import EMBED, ROW_SUMS, Case, Tile, select
 
 
 @triton.jit(do_not_specialize=["stream", "threshold", "rows", "length", "vocabulary"])
@@ -127,37 +124,3 @@ def row_sums_kernel(
             total += tl.sum(tl.load(partial + at[:, None] * C + column[None, :], mask=here, other=0.0), 0)
         total *= scale
     tl.store(out + target * C + column, total, mask=column < C)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row, at GPT-2's narrowest width where that is the row."""
-    cases = []
-    for table, build in ((EMBED, _forward_cases), (ROW_SUMS, _backward_cases)):
-        for columns in (min(row.limit, 768) for row in table.get(architecture, table["any"])):
-            cases += build(columns, select(table, architecture, columns), "bf16")
-        cases += build(768, select(table, architecture, 768), "fp32")
-    return cases
-
-
-_MASK = {"seed": "*i64", "stream": "i32", "threshold": "i32"}
-
-
-def _forward_cases(columns: int, tile: Tile, dtype: str) -> list[Case]:
-    arguments = {"ids": "*i64", "wte": "*fp32", "wpe": "*fp32", "out": f"*{dtype}", **_MASK, "scale": "fp32"}
-    arguments |= {"rows": "i32", "length": "i32", "vocabulary": "i32"}
-    return [Case(f"embed forward {dtype} C={columns}", embed_kernel, arguments | _sizes(columns, tile), tile)]
-
-
-def _backward_cases(columns: int, tile: Tile, dtype: str) -> list[Case]:
-    shared = {"dx": f"*{dtype}", "order": "*i64", "partial": "*fp32", **_MASK, "chunk": "i32"}
-    shared |= _sizes(columns, tile)
-    rows = {**shared, "offsets": "*i32", "out": "*fp32", "scale": "fp32"}
-    name = f"embed backward {dtype} C={columns}"
-    return [
-        Case(f"{name} chunks", chunk_sums_kernel, {**shared, "keys": "*i32"}, tile),
-        Case(f"{name} rows", row_sums_kernel, rows, tile),
-    ]
-
-
-def _sizes(columns: int, tile: Tile) -> dict[str, Any]:
-    return {"C": columns, "ROWS": tile.rows, "BLOCK": tile.block}

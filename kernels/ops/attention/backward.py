@@ -10,22 +10,9 @@ Tiles that every row sees whole run in a loop without masks, of scores and of lo
 ends in a second one. Scores are in units of log2, as exp2 is what the hardware has. Tile offsets are 64 bits wide.
 """
 
-from typing import Any
-
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key, keep_scores
-from ...tiles import (
-    ATTENTION_DECODE,
-    ATTENTION_FORWARD,
-    ATTENTION_KEY,
-    ATTENTION_QUERY,
-    DESCRIPTORS,
-    Case,
-    attention_row,
-    attention_tile,
-    next_power_of_two,
-)
-from .forward import _NOT_SPECIALISED, forward_kernel
+from .forward import _NOT_SPECIALISED
 from .tile_io import (
     _add,
     _first_keys,
@@ -287,73 +274,3 @@ def key_kernel(
     )
     _store(dk, dkeys * grad_scale, begin, dk_t, k_len, D, WIDTH, BLOCK)
     _store(dv, dvalues * keep_scale, begin, dk_t, k_len, D, WIDTH, BLOCK)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row with its options, and the widths that share a row."""
-    tables = {
-        forward_kernel: ATTENTION_FORWARD,
-        query_kernel: ATTENTION_QUERY,
-        key_kernel: ATTENTION_KEY,
-    }
-    found = [
-        case(kernel, table, *option, architecture)
-        for option in case_options(architecture)
-        for kernel, table in tables.items()
-    ]
-    for d in (64, 128):
-        decode = case(forward_kernel, ATTENTION_DECODE, d, "bf16", True, False, True, False, architecture)
-        found.append(decode._replace(name=f"{decode.name} decode"))
-    return found
-
-
-def case_options(architecture: str) -> list[tuple[int, str, bool, bool, bool, bool]]:
-    """D, dtype, causal, dropout, first_key and descriptors."""
-    tma = architecture in DESCRIPTORS
-    options = [(64, "bf16", False, False, False, tma)]
-    options += [(d, "bf16", True, dropout, False, tma) for d in (64, 128) for dropout in (False, True)]
-    options += [(d, "bf16", True, True, True, tma) for d in (64, 128)]
-    options += [(d, "bf16", True, True, False, tma) for d in (16, 32, 80)]
-    options += [(64, "fp32", True, True, False, False), (64, "fp32", True, True, True, False)]
-    return options + [(d, "bf16", True, True, False, False) for d in (64, 128) if tma]
-
-
-def case(
-    kernel: Any,
-    table: dict[str, Any],
-    d: int,
-    dtype: str,
-    causal: bool,
-    dropout: bool,
-    first_key: bool,
-    descriptors: bool,
-    architecture: str,
-) -> Case:
-    tile = attention_tile(table, attention_row(architecture, dtype == "fp32", descriptors), d)
-    width = max(16, next_power_of_two(d))
-    given: dict[str, Any] = {
-        "first_key": "*i32" if first_key else None,
-        "seed": "*i64" if dropout else None,
-        "D": d,
-        "WIDTH": width,
-        "CAUSAL": causal,
-        "ROWS": tile.rows,
-        "BLOCK": tile.block,
-        "STAGES": tile.stages,
-        **dict.fromkeys(("q", "k", "v", "out", "dout", "dq", "dk", "dv"), f"*{dtype}"),
-        **dict.fromkeys(("lse", "stats", "total"), "*fp32"),
-        **dict.fromkeys(("scale", "keep_scale", "keep_share", "grad_scale"), "fp32"),
-        **dict.fromkeys(_NOT_SPECIALISED, "i32"),
-    }
-    if descriptors:
-        given |= dict.fromkeys(("q", "dout"), f"tensordesc<{dtype}[1, 1, {tile.rows}, {width}]>")
-        given |= dict.fromkeys(("k", "v"), f"tensordesc<{dtype}[1, 1, {tile.block}, {width}]>")
-        if kernel is query_kernel:
-            given |= {"out": given["q"]}
-        else:
-            given |= {"stats": f"tensordesc<fp32[1, {tile.rows}]>"}
-            given |= {"total": f"tensordesc<fp32[1, {tile.rows}, {width}]>"}
-    arguments = {name: given.get(name, "i32:16") for name in kernel.arg_names}  # the rest are strides
-    name = f"attention {kernel.__name__.removesuffix('_kernel')} {dtype} D={d}"
-    name += " encoder" * (not causal) + " dropout" * dropout + " first_key" * first_key
-    return Case(name + " descriptors" * descriptors, kernel, arguments, tile)

@@ -11,8 +11,7 @@ stay in an H200's cache. A program a head: `attention.py` chooses this where hea
 
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key
-from ...tiles import ATTENTION_ONE_PASS, Case
-from .backward import _NOT_SPECIALISED, _key_gradients, case, case_options
+from .backward import _NOT_SPECIALISED, _key_gradients
 from .tile_io import _finish_adding, _head, _load, _store, _store_stats
 
 
@@ -161,18 +160,3 @@ def finish_kernel(
     value = _load(total, 0, 0, start, D, padded, D, WIDTH, ROWS, False) * grad_scale
     dq = _head(dq, head // n_head, head % n_head, dq_b, D)
     _store(dq, value, start, dq_t, q_len, D, WIDTH, ROWS)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles of this file: nothing where no row asks for it."""
-    rows = ATTENTION_ONE_PASS.get(architecture, ())
-    widest = max((row.limit for row in rows if row.rows), default=0)
-    options = [option for option in case_options(architecture) if option[0] <= widest and option[5]]
-    if not options:
-        return []
-    found = [case(one_pass_kernel, ATTENTION_ONE_PASS, *option, architecture) for option in options]
-    by_pointer = {"any": rows}  # as these two read
-    for kernel in (prepare_kernel, finish_kernel):
-        small = case(kernel, by_pointer, 64, "bf16", True, False, False, False, architecture)
-        found.append(small._replace(tile=small.tile._replace(warps=4, programs=0)))
-    return found

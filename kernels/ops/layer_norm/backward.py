@@ -5,12 +5,9 @@ Pointers that may be None switch what depends on them off when a kernel is compi
 specialised on, and offsets are 64 bits wide.
 """
 
-from typing import Any
-
 from ..._triton import tl, triton
 from ...dropout_mask import column_keys, dropout_key, keep_elements, row_keys
-from ...tiles import LAYER_NORM_BACKWARD, LAYER_NORM_FORWARD, Case, Tile, select
-from .forward import _parameter, forward_kernel, wide_forward_kernel
+from .forward import _parameter
 
 
 @triton.jit
@@ -184,76 +181,3 @@ def wide_sums_kernel(
         tl.store(sums + DWEIGHT * C, dbias, mask=inside)
     if DX_BIAS:
         tl.store(sums + (DWEIGHT + DBIAS) * C, dx_bias, mask=inside)
-
-
-GPT2_WIDTHS = (768, 1024, 1280, 1600)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every table row at its widest with all options on, and GPT-2's widths."""
-    cases = []
-    for table, build in ((LAYER_NORM_FORWARD, _forward_cases), (LAYER_NORM_BACKWARD, _backward_cases)):
-        rows = table.get(architecture, table["any"])
-        widest = [min(row.limit, 65536) for row in rows]
-        for columns in sorted({*widest, *GPT2_WIDTHS}):
-            cases += build(columns, select(table, architecture, columns), "bf16", True)
-        cases += build(768, select(table, architecture, 768), "bf16", False)
-        cases += build(768, select(table, architecture, 768), "fp32", True)
-    return cases
-
-
-_MASK = {"seed": "*i64", "stream": "i32", "threshold": "i32", "scale": "fp32"}
-
-
-def _forward_cases(columns: int, tile: Tile, dtype: str, add: bool) -> list[Case]:
-    wide = tile.block < columns
-    arguments: dict[str, Any] = {
-        "x": f"*{dtype}",
-        "x_bias": "*fp32" if add else None,
-        "residual": f"*{dtype}" if add else None,
-        "weight": "*fp32",
-        "bias": "*fp32",
-        "y": f"*{dtype}",
-        "residual_out": f"*{dtype}" if add else None,
-        "stats": "*fp32",
-        **_MASK,
-        "seed": "*i64" if add else None,
-        "eps": "fp32",
-        "rows": "i32",
-        "C": columns,
-        "ROWS": tile.rows,
-        "BLOCK": tile.block,
-        **({} if wide else {"STAGES": tile.stages}),
-    }
-    name = f"{'add_' if add else ''}layer_norm forward {dtype} C={columns}"
-    return [Case(name, wide_forward_kernel if wide else forward_kernel, arguments, tile)]
-
-
-def _backward_cases(columns: int, tile: Tile, dtype: str, add: bool) -> list[Case]:
-    wide = tile.block < columns
-    name = f"{'add_' if add else ''}layer_norm backward {dtype} C={columns}"
-    shared: dict[str, Any] = {
-        "dy": f"*{dtype}",
-        "h": f"*{dtype}",
-        "stats": "*fp32",
-        "dx": f"*{dtype}" if add else None,
-        "rows": "i32",
-        "C": columns,
-        "ROWS": tile.rows,
-        "BLOCK": tile.block,
-    }
-    gradients = {
-        **shared,
-        "dresidual_out": f"*{dtype}" if add else None,
-        "weight": "*fp32",
-        "dh": f"*{dtype}",
-        **_MASK,
-        "seed": "*i64" if add else None,
-    }
-    sums = {"sums": "*fp32", "DWEIGHT": True, "DBIAS": True, "DX_BIAS": add}
-    if not wide:
-        return [Case(name, backward_kernel, {**gradients, **sums, "STAGES": tile.stages}, tile)]
-    return [
-        Case(name, wide_backward_kernel, gradients, tile),
-        Case(f"{name} sums", wide_sums_kernel, {**shared, **sums}, tile),
-    ]

@@ -14,7 +14,7 @@ the library's matmuls only.
 from typing import Any
 
 from ..._triton import tl, triton
-from ...tiles import MLP_DOWN_GRADIENT_TILES, MLP_UP_TILES, Case, MatmulTile
+from ...tiles import MatmulTile
 from .gelu import bias_of, gelu_and_slope
 
 
@@ -138,42 +138,6 @@ def down_gradient_kernel(
                 _finish_gradient(second, pre, bias, a, dpre, part, row, column + PIECE, F, EXACT, PIECE)
                 _finish_gradient(third, pre, bias, a, dpre, part, row, column + 2 * PIECE, F, EXACT, PIECE)
                 _finish_gradient(fourth, pre, bias, a, dpre, part, row, column + 3 * PIECE, F, EXACT, PIECE)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: every tile that a sweep tries, with all options on; the exact GELU where it is tightest."""
-    cases = []
-    for table, build in ((MLP_UP_TILES, _up_case), (MLP_DOWN_GRADIENT_TILES, _down_gradient_case)):
-        tiles = table.get(architecture, ())
-        cases += [build(tile, False) for tile in tiles]
-    return cases + [_down_gradient_case(tile, True) for tile in tiles[:1]]
-
-
-def _up_case(tile: MatmulTile, exact: bool) -> Case:
-    operands = {"x": (tile.rows, tile.depth), "w": (tile.block, tile.depth)}
-    return _case("up", up_kernel, tile, exact, operands, ("pre", "a"), {"bias": "*fp32"})
-
-
-def _down_gradient_case(tile: MatmulTile, exact: bool) -> Case:
-    operands = {"dy": (tile.rows, tile.depth), "w": (tile.depth, tile.block)}
-    pointers = {"bias": "*fp32", "sums": "*fp32"}
-    return _case("down gradient", down_gradient_kernel, tile, exact, operands, ("pre", "a", "dpre"), pointers)
-
-
-def _case(
-    name: str,
-    kernel: Any,
-    tile: MatmulTile,
-    exact: bool,
-    operands: dict[str, tuple[int, int]],
-    results: tuple[str, ...],
-    pointers: dict[str, str],
-) -> Case:
-    shapes = operands | dict.fromkeys(results, (tile.rows, tile.block // tile.split))
-    descriptors = {name: f"tensordesc<bf16[{rows},{columns}]>" for name, (rows, columns) in shapes.items()}
-    sizes = {"rows": "i32", "C": 768, "F": 3072, "EXACT": exact, **constants(tile)}
-    title = f"mlp {name} bf16 {tile.rows} x {tile.block}{' exact' if exact else ''}"
-    return Case(title, kernel, {**descriptors, **pointers, **sizes}, tile)
 
 
 def constants(tile: MatmulTile) -> dict[str, Any]:

@@ -9,10 +9,8 @@ and two in the backward. Instructions an element over the whole kernel on sm_90,
 """
 
 import math
-from typing import Any
 
 from ..._triton import tl, triton
-from ...tiles import GELU_BACKWARD, GELU_FORWARD, Case, select
 
 # of 2u = 2 √(2/π) (x + 0.044715 x³) = x (c1 + c3 x²), the second pair in units of log2
 _C1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
@@ -110,23 +108,3 @@ def gelu_backward_kernel(
     if sums is not None:
         sums += tl.program_id(1).to(tl.int64) * F + column
         tl.store(sums, tl.sum(seen, 0), mask=column < F)
-
-
-def compile_cases(architecture: str) -> list[Case]:
-    """What `make kernels-report` compiles: both passes with all options on, in the dtypes and forms that differ."""
-    forward, backward = (select(table, architecture, 3072) for table in (GELU_FORWARD, GELU_BACKWARD))
-    cases = []
-    for name, tensor, exact in (
-        ("bf16 C=768", "*bf16", False),
-        ("bf16 exact", "*bf16", True),
-        ("fp32", "*fp32", False),
-    ):
-        shared: dict[str, Any] = {"pre": tensor, "bias": "*fp32", "a": tensor, "rows": "i32"}
-        shared |= {"F": 3072, "EXACT": exact}
-        sizes = {"ROWS": forward.rows, "BLOCK": forward.block}
-        cases.append(Case(f"gelu forward {name}", gelu_kernel, {**shared, **sizes}, forward))
-        sizes = {"ROWS": backward.rows, "BLOCK": backward.block}
-        gradients = {"da": tensor, "dpre": tensor, "sums": "*fp32"}
-        arguments = {**shared, **gradients, **sizes}
-        cases.append(Case(f"gelu backward {name}", gelu_backward_kernel, arguments, backward))
-    return cases
