@@ -6,7 +6,7 @@ of its own uses "any", which must not spill on any architecture.
 """
 
 from functools import cache
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -67,15 +67,6 @@ class OnePassTile(NamedTuple):
     busy: int  # percent of these programs that must have a head, averaged over the kernel's run time
     cached: int  # MiB that the dq accumulators of the heads in flight may take
     origin: str
-
-
-class Case(NamedTuple):
-    """One kernel as `make kernels-report` compiles it: each argument's Triton type, or its value if a constant."""
-
-    name: str
-    kernel: Any
-    arguments: dict[str, Any]
-    tile: Tile | MatmulTile | OnePassTile
 
 
 _Row = TypeVar("_Row", Tile, OnePassTile)
@@ -223,24 +214,6 @@ MLP_DOWN_GRADIENT: dict[str, tuple[MatmulTile, ...]] = {
     "any": (LIBRARY,),
     "interpreter": (MatmulTile(128, 64, 64, 32, 1, 1, 4, 1, ""), LIBRARY),
 }
-
-# What a sweep tries: one program a multiprocessor, whose tile reads least (168 registers up, 236 down), or two of
-# half the size, so that one multiplies during the other's last step (167 and 178 registers, 112 and 104 KiB each; with
-# a last step in two pieces the gradient takes 255 and the exact GELU spills).
-MLP_UP_TILES: dict[str, tuple[MatmulTile, ...]] = dict.fromkeys(
-    ("sm_90", "sm_100"),
-    (
-        MatmulTile(ANY, 128, 256, 64, 8, 4, 2, 1, _OFFLINE),
-        MatmulTile(ANY, 128, 128, 64, 4, 3, 2, 2, _OFFLINE),
-    ),
-)
-MLP_DOWN_GRADIENT_TILES: dict[str, tuple[MatmulTile, ...]] = dict.fromkeys(
-    ("sm_90", "sm_100"),
-    (
-        MatmulTile(ANY, 128, 256, 64, 8, 3, 4, 1, _OFFLINE),
-        MatmulTile(ANY, 128, 128, 64, 4, 3, 4, 2, _OFFLINE),
-    ),
-)
 
 
 def matmul_tile(

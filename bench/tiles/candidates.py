@@ -35,9 +35,7 @@ from ...kernels.tiles import (
     LAYER_NORM_FORWARD,
     LIBRARY,
     MLP_DOWN_GRADIENT,
-    MLP_DOWN_GRADIENT_TILES,
     MLP_UP,
-    MLP_UP_TILES,
     TWO_PASSES,
     MatmulTile,
     OnePassTile,
@@ -306,6 +304,24 @@ ONE_PASS_TILES: dict[str, tuple[OnePassTile, ...]] = {
         OnePassTile(128, 64, 32, 8, 2, 1, 75, 72, ""),
     )
 }
+
+# The fused matmuls: one program per multiprocessor, whose tile reads least (168 registers up, 236 down), or two of half
+# the size, so that one multiplies during the other's epilogue (167 and 178 registers, 112 and 104 KiB each; with an
+# epilogue in two pieces the gradient takes 255 and the exact GELU spills).
+MLP_UP_TILES: dict[str, tuple[MatmulTile, ...]] = dict.fromkeys(
+    ("sm_90", "sm_100"),
+    (
+        MatmulTile(ANY, 128, 256, 64, 8, 4, 2, 1, ""),
+        MatmulTile(ANY, 128, 128, 64, 4, 3, 2, 2, ""),
+    ),
+)
+MLP_DOWN_GRADIENT_TILES: dict[str, tuple[MatmulTile, ...]] = dict.fromkeys(
+    ("sm_90", "sm_100"),
+    (
+        MatmulTile(ANY, 128, 256, 64, 8, 3, 4, 1, ""),
+        MatmulTile(ANY, 128, 128, 64, 4, 3, 4, 2, ""),
+    ),
+)
 
 ATTENTION_WORKS = {"forward": partial(_forward, _heads), "backward": partial(_backward, _heads)}
 _attention = partial(Sweep, example=_heads_example, present=_head_row, blocks=_by_head)
