@@ -7,8 +7,15 @@ import torch
 from torch import Tensor, nn
 
 from fusedgpt.data import make_tokenizer, open_corpus
-from fusedgpt.kernels import add_layer_norm, causal_attention, embed, gelu_mlp, layer_norm, linear
-from fusedgpt.kernels import linear_cross_entropy as head_loss
+from fusedgpt.kernels import (
+    add_layer_norm,
+    causal_attention,
+    embed,
+    gelu_mlp,
+    layer_norm,
+    linear,
+    linear_cross_entropy,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T, C, HEADS = 64, 64, 4  # context, width, attention heads
@@ -31,7 +38,7 @@ def loss_of(p: nn.ParameterDict, ids: Tensor, targets: Tensor) -> Tensor:
     y, x = add_layer_norm(a, x, p["ln_2"])  # adds to the stream and normalises it
     m = gelu_mlp(y, p["fc"], None, p["proj"], None)
     y, x = add_layer_norm(m, x, p["ln_f"])
-    return head_loss(y.flatten(0, 1), p["wte"], targets.flatten())  # never holds all logits
+    return linear_cross_entropy(y, p["wte"], targets)  # never holds all logits
 
 
 if __name__ == "__main__":
