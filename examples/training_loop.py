@@ -6,9 +6,8 @@ Run it with: python examples/training_loop.py
 import torch
 from torch import Tensor, nn
 
+from fusedgpt import kernels
 from fusedgpt.data import make_tokenizer, open_corpus
-from fusedgpt.kernels import add_layer_norm, causal_attention, embed, gelu_mlp, layer_norm, linear
-from fusedgpt.kernels import linear_cross_entropy as head_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 T, C, HEADS = 64, 64, 4  # context, width, attention heads
@@ -25,13 +24,13 @@ def parameters(vocab_size: int) -> nn.ParameterDict:
 
 def loss_of(p: nn.ParameterDict, ids: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of targets (B, T) given ids (B, T)."""
-    x = embed(ids, p["wte"], p["wpe"])  # (B, T, C), the residual stream
-    y = layer_norm(x, p["ln_1"])
-    a = linear(causal_attention(linear(y, p["qkv"]), HEADS), p["out"])
-    y, x = add_layer_norm(a, x, p["ln_2"])  # adds to the stream and normalises it
-    m = gelu_mlp(y, p["fc"], None, p["proj"], None)
-    y, x = add_layer_norm(m, x, p["ln_f"])
-    return head_loss(y.flatten(0, 1), p["wte"], targets.flatten())  # never holds all logits
+    x = kernels.embed(ids, p["wte"], p["wpe"])  # (B, T, C), the residual stream
+    y = kernels.layer_norm(x, p["ln_1"])
+    a = kernels.linear(kernels.causal_attention(kernels.linear(y, p["qkv"]), HEADS), p["out"])
+    y, x = kernels.add_layer_norm(a, x, p["ln_2"])  # adds to the stream and normalises it
+    m = kernels.gelu_mlp(y, p["fc"], None, p["proj"], None)
+    y, x = kernels.add_layer_norm(m, x, p["ln_f"])
+    return kernels.linear_cross_entropy(y, p["wte"], targets)  # never holds all logits
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ class Train(Sources):
     """Train a model from text to a run folder.
 
         gpt train --preset tales
-        gpt train --preset gpt2 --data novel.txt --out runs/novel --batch-size 32
+        gpt train --preset gpt2 --data novel.txt --out runs/novel --batch-size 64
         gpt train --config runs/novel/config.toml --lr 1e-3 --out runs/novel-2
         gpt train --resume runs/novel --steps 4000
 
@@ -86,7 +86,9 @@ class Train(Sources):
     )
     """The run folder to create."""
     model: OmitArgPrefixes[ModelFlags] = field(default_factory=ModelFlags)  # type: ignore[valid-type]
+    """The shape of the model."""
     training: OmitArgPrefixes[TrainFlags] = field(default_factory=TrainFlags)  # type: ignore[valid-type]
+    """How it is trained, and on what."""
 
     def __call__(self, given: set[str]) -> None:
         """Train. `given` are the fields whose flags were written, whatever their values."""

@@ -50,6 +50,9 @@ def flags(command: str, name: str) -> set[str]:
     with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as stop:
         {"gpt": gpt, "bench": bench}[command]([name, "--help"])
     assert not stop.value.code, f"{command} {name} --help"
+    assert "type: ignore" not in shown.getvalue(), (
+        "tyro takes a comment for help where a docstring is missing"
+    )
     return {"--debug", *re.findall(r"--[a-z0-9][a-z0-9-]*", shown.getvalue())}
 
 
