@@ -1,7 +1,7 @@
-"""The fused operators of GPT-2 as plain functions on tensors: the public face, nothing else.
+"""GPT-2's fused operators as plain functions on tensors: the public interface, nothing else.
 
-Every function runs as a Triton kernel where the tensors and the machine allow it and in plain PyTorch everywhere
-else; `explain` says which and why, `use_backend` forces one.
+Every function runs as a Triton kernel where tensors and machine allow, and in plain PyTorch everywhere else. `explain`
+says which and why, `use_backend` forces one.
 """
 
 from .backend import explain, use_backend
