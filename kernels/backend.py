@@ -21,16 +21,6 @@ from . import _triton, checks
 from ._triton import tl, triton
 
 BACKENDS = ("auto", "triton", "torch")
-OPERATORS = (
-    "embed",
-    "layer_norm",
-    "add_layer_norm",
-    "linear",
-    "attention",
-    "gelu_mlp",
-    "linear_cross_entropy",
-    "dropout",
-)
 MIN_CAPABILITY = (8, 0)  # NVIDIA GPUs from here on have bfloat16 arithmetic and asynchronous copies
 
 # A plain global: Dynamo cannot trace a ContextVar, and autograd's threads, which recompute checkpointed blocks, would
@@ -170,10 +160,14 @@ def explain(operator: str, x: Tensor) -> str:
         ValueError: unknown operator.
         RuntimeError: "triton" was forced and cannot run here.
     """
+    from .examples import (
+        SMALL,
+    )  # here, since the examples call the public functions, which import this module
+
     operator = "attention" if operator == "causal_attention" else operator
-    if operator not in OPERATORS:
+    if operator not in [*SMALL]:
         raise ValueError(
-            f"explain: unknown operator {checks.describe(operator)}; it is one of {', '.join(OPERATORS)}"
+            f"explain: unknown operator {checks.describe(operator)}; it is one of {', '.join(SMALL)}"
         )
     checks.floating("explain", x=x)
     choice = choose(operator, x)

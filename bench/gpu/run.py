@@ -22,8 +22,7 @@ from pathlib import Path
 import torch
 
 from ...kernels import use_backend
-from ...kernels.backend import OPERATORS
-from ...kernels.examples import full_size, parity
+from ...kernels.examples import SMALL, full_size, parity
 from .. import record, suite
 from ..ops import run as ops
 from ..parts import Options, Part, Row, part_main, run_parts
@@ -51,14 +50,14 @@ def compile_kernels(_: Options) -> Iterator[Row]:
         return {"operator": operator, "dtype": name, "seconds": round(time.monotonic() - began, 1)}
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield from pool.map(run, *zip(*itertools.product(OPERATORS, DTYPES), strict=True))
+        yield from pool.map(run, *zip(*itertools.product(SMALL, DTYPES), strict=True))
 
 
 def check_parity(options: Options) -> Iterator[Row]:
     device = require_gpu()
     rows = options.get("rows") or full_rows(device)
     dtypes = [getattr(torch, name) for name in options.get("dtypes", ())] or DTYPES
-    operators = options.get("operators") or OPERATORS
+    operators = options.get("operators") or SMALL
     examples = [example for example in full_size(rows) if example.operator in operators]
     for example, dtype in itertools.product(examples, dtypes):
         what = {"operator": example.operator, "shape": example.size, "dtype": str(dtype)[6:]}

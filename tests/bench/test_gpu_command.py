@@ -14,7 +14,6 @@ from fusedgpt.bench import parts, table
 from fusedgpt.bench.gpu import run as gpu
 from fusedgpt.bench.step import step
 from fusedgpt.bench.step.sizes import workload
-from fusedgpt.kernels.backend import OPERATORS
 from fusedgpt.kernels.examples import SMALL, Example, full_size, parity
 
 FINE = [{"operator": "dropout", "ok": True}]
@@ -42,7 +41,7 @@ sys.exit(main(["gpu"]))
     assert done.stderr.startswith("error: this needs a GPU: ")
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", SMALL)
 def test_every_operator_has_a_full_size(operator: str) -> None:
     examples = [example for example in full_size(3) if example.operator == operator]
     assert examples
@@ -149,7 +148,7 @@ def test_the_compiling_processes_check_every_operator_in_every_dtype(monkeypatch
     commands: list[list[str]] = []
     monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command))
     rows = list(gpu.compile_kernels({}))
-    assert len(rows) == len(commands) == len(OPERATORS) * len(gpu.DTYPES)
+    assert len(rows) == len(commands) == len(SMALL) * len(gpu.DTYPES)
     monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
     asked = [json.loads(command[-1]) for command in commands]
     (wanted,) = [o for o in asked if o["operators"] == ["dropout"] and o["dtypes"] == ["float32"]]

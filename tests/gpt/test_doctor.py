@@ -13,7 +13,7 @@ from fusedgpt.gpt import device as devices
 from fusedgpt.gpt import doctor
 from fusedgpt.gpt.cli import main
 from fusedgpt.kernels import _triton, selfcheck
-from fusedgpt.kernels.backend import OPERATORS
+from fusedgpt.kernels.examples import SMALL
 
 CPU = torch.device("cpu")
 
@@ -21,11 +21,11 @@ CPU = torch.device("cpu")
 def test_every_operator_is_checked_and_right(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    for operator in OPERATORS:
+    for operator in SMALL:
         (line,) = [line for line in out.splitlines() if line.startswith(f"{operator} ")]
         assert line.split()[1] == "PyTorch"
         assert line.split()[4] == "ok"
-    for word in (torch.__version__, "python", "ptxas", "device    cpu", f"all {len(OPERATORS)} operators"):
+    for word in (torch.__version__, "python", "ptxas", "device    cpu", f"all {len(SMALL)} operators"):
         assert word in out
 
 
@@ -42,7 +42,7 @@ def test_a_wrong_operator_is_named_and_the_exit_code_is_1(
     assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if "WRONG" in line] == ["layer_norm"]
-    assert f"1 of {len(OPERATORS)} operators fail here: layer_norm." in out
+    assert f"1 of {len(SMALL)} operators fail here: layer_norm." in out
 
 
 def test_an_operator_that_cannot_start_does_not_hide_the_others(
@@ -56,7 +56,7 @@ def test_an_operator_that_cannot_start_does_not_hide_the_others(
     out = capsys.readouterr().out
     assert "RuntimeError: no launch" in out
     assert "and more" not in out
-    assert out.count(" ok ") == len(OPERATORS) - 1
+    assert out.count(" ok ") == len(SMALL) - 1
 
 
 def test_a_forced_backend_that_cannot_run_is_a_failure(
