@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from ...kernels import backend, ops, tiles, use_backend
+from ...kernels.ops.attention.tile_io import Meta
 
 # name: (Triton's backend, its architecture, lanes of a warp, bytes of shared memory a program may take)
 ARCHITECTURES: dict[str, tuple[str, int | str, int, int]] = {
@@ -49,8 +50,12 @@ class Launch(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many elements a program's tile has; the kernel takes the tile whole, or its sizes one by one."""
+        """How many elements a program's tile has; the kernel takes the tile whole, in a tuple, or size by size."""
         value = {name: self.constants.get((i,)) for i, name in enumerate(self.signature)}
+        if "meta" in value:  # attention: queries by keys
+            at = list(value).index("meta")
+            rows, block = (self.constants[at, Meta._fields.index(name)] for name in ("BLOCK_M", "BLOCK_N"))
+            return rows.value * block.value
         if tile := value.get("tile"):
             return tile.rows * tile.block
         return (value.get("ROWS") or 1) * (value.get("BLOCK") or value.get("WIDTH") or 1)

@@ -256,7 +256,7 @@ OTHERS: list[tuple[str, Arguments, type[Exception], str, object]] = [
     ("causal_attention", {"n_head": 0}, ValueError, "heads", 0),
     ("causal_attention", {"n_head": -3}, ValueError, "heads", -3),
     ("causal_attention", {"n_head": 3.0}, TypeError, "n_head", "float"),
-    ("causal_attention", {"n_head": None}, TypeError, "n_head", "NoneType"),
+    ("causal_attention", {"n_head": None}, TypeError, "n_head", None),
     *(
         (operator, {"scale": scale}, ValueError, "scale", scale)
         for operator in ("causal_attention", "attention")
