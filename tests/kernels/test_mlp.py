@@ -34,7 +34,8 @@ def test_gelu_and_its_slope_over_the_whole_range(dtype: torch.dtype, approximate
 
     near = torch.linspace(-12, 12, 2401).to(dtype)[:, None]
     assert_no_less_exact(
-        results(ours, {"x": near}), results(torchs, {"x": near}), results(torchs, {"x": near.double()})
+        *(results(ours, {"x": near}), results(torchs, {"x": near}), results(torchs, {"x": near.double()})),
+        slack="slope",
     )
     far = torch.tensor([[-6e4], [-300.0], [-50.0], [50.0], [300.0], [6e4]]).to(dtype)
     found = results(ours, {"x": far}, [torch.ones_like(far)])
