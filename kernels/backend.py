@@ -144,7 +144,7 @@ def missing_tools() -> list[str]:
     ):
         missing.append("there is no C compiler (install gcc, or name one in CC)")
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        missing.append("Python's headers are missing (install python3-dev or its like)")
+        missing.append("Python's headers are missing (install python3-dev or the equivalent)")
     return missing
 
 

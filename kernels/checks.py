@@ -39,8 +39,10 @@ def _tensors(operator: str, dtypes: tuple, tensors: dict[str, Tensor | None]) ->
 
 
 def describe(value: Any) -> str:
-    """A value for an error message: strings and dtypes in full, anything else by its type."""
-    return repr(value) if isinstance(value, str | dtype) else f"a {type(value).__name__}"
+    """A value for an error message: strings, None and dtypes in full, anything else by its type."""
+    if value is None or isinstance(value, str | dtype):
+        return repr(value)
+    return f"of type {type(value).__name__}"
 
 
 def _names(dtypes: tuple) -> str:

@@ -94,14 +94,14 @@ class TestProbe:
             found = dispatch.unusable(torch.device("cuda:0"))
         assert found == (
             "a first Triton kernel failed with RuntimeError: no launcher; there is no C compiler (install gcc, or name "
-            "one in CC); Python's headers are missing (install python3-dev or its like)"
+            "one in CC); Python's headers are missing (install python3-dev or the equivalent)"
         )
         assert dispatch.unusable(torch.device("cuda:0")) is found  # once a device, without a second warning
 
 
 WRONG = [
     (lambda: layer_norm(X.int(), W), TypeError, "x has dtype int32"),
-    (lambda: layer_norm([1.0], W), TypeError, "x is a list"),
+    (lambda: layer_norm([1.0], W), TypeError, "x is of type list"),
     (lambda: layer_norm(X, W[:4]), ValueError, "weight has shape"),
     (lambda: layer_norm(X.to("meta"), W), ValueError, "weight is on cpu but x on meta"),
     (lambda: add_layer_norm(X, X[:2], W), ValueError, "residual has shape"),
@@ -111,7 +111,7 @@ WRONG = [
     (lambda: add_layer_norm(X, X, W, dropout_p=1.1, seed=SEED), ValueError, "outside"),
     (lambda: gelu_mlp(X, W.expand(4, 5), W, X[:1].expand(2, 5), None), ValueError, "b_fc has shape"),
     (lambda: dropout(X, float("nan"), SEED), ValueError, "outside"),
-    (lambda: dropout(X, 0.1, 3), TypeError, "seed is a int"),
+    (lambda: dropout(X, 0.1, 3), TypeError, "seed is of type int"),
     (lambda: dropout(X, 0.1, SEED.int()), TypeError, "seed is int32"),
     (lambda: dropout(X, 0.1, SEED.to("meta")), ValueError, "seed is on meta"),
 ]

@@ -161,15 +161,15 @@ def test_a_tensor_in_the_place_of_a_plain_value_is_not_printed(
     with pytest.raises((TypeError, ValueError)) as caught:
         call(operator, **{name: torch.full((elements,), 0.625)})
     argument = "probability" if name in ("p", "dropout_p") else name
-    assert re.match(rf"{operator}: {argument} is a Tensor; it takes ", str(caught.value))
+    assert re.match(rf"{operator}: {argument} is of type Tensor; it takes ", str(caught.value))
     assert "0.625" not in str(caught.value)
 
 
 def test_the_choice_of_a_backend_prints_no_tensor() -> None:
     tensor = torch.full((2,), 0.625)
-    with pytest.raises(ValueError, match=r"^use_backend: unknown backend a Tensor; it is one of auto"):
+    with pytest.raises(ValueError, match=r"^use_backend: unknown backend of type Tensor; it is one of auto"):
         kernels.use_backend(tensor).__enter__()
-    with pytest.raises(ValueError, match=r"^explain: unknown operator a Tensor; it is one of embed"):
+    with pytest.raises(ValueError, match=r"^explain: unknown operator of type Tensor; it is one of embed"):
         kernels.explain(tensor, tensor)
     with pytest.raises(TypeError, match=r"^explain: x is 'cuda'; it takes a tensor"):
         kernels.explain("embed", "cuda")

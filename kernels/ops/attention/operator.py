@@ -377,7 +377,7 @@ def causal_attention(
     checks.floating("causal_attention", qkv=qkv)
     if isinstance(n_head, Tensor):
         raise TypeError(
-            "causal_attention: n_head is a Tensor; it takes an integer, after q, k and v packed into one tensor: "
+            "causal_attention: n_head is of type Tensor; it takes an integer, after q, k and v packed into one tensor: "
             "torch.cat((q, k, v), -1) where each is (B, T, C). For q, k and v of (B, T, H, D) call attention(q, k, v)"
         )
     checks.numbers("causal_attention", int, n_head=n_head)
