@@ -23,7 +23,7 @@ from fusedgpt.gpt.train import precompile as precompile_module
 from fusedgpt.gpt.train.precompile import operator_calls, run
 from fusedgpt.gpt.train.step import TrainStep
 from fusedgpt.kernels import use_backend
-from fusedgpt.kernels._triton import INTERPRETED, TensorDescriptor
+from fusedgpt.kernels._triton import INTERPRETED, TensorDescriptor, tl
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can be watched")
 
@@ -65,6 +65,10 @@ def kind(value: Any, constant: bool, specialised: bool) -> Any:
     """What of an argument Triton compiles for."""
     if constant or value is None:
         return value
+    if isinstance(value, tl.constexpr):
+        return value.value
+    if isinstance(value, tuple):  # Triton specialises every member, whatever do_not_specialize says
+        return tuple(kind(member, False, True) for member in value)
     if isinstance(value, TensorDescriptor):
         return value.base.dtype, tuple(value.block_shape)
     if isinstance(value, Tensor):

@@ -16,6 +16,7 @@ from fusedgpt.kernels import embed, use_backend
 from fusedgpt.kernels._triton import INTERPRETED
 from fusedgpt.kernels.dropout_mask import keep_mask, keep_scale
 from fusedgpt.kernels.ops.embedding import _row_sums, embed_kernel
+from fusedgpt.kernels.tiles import Tile
 
 from .tolerances import assert_no_less_exact
 
@@ -163,7 +164,7 @@ def test_ids_out_of_range_give_nan_on_a_gpu_and_no_gradient(wrong: int) -> None:
     ids = torch.tensor([0, wrong, 6, wrong], device=DEVICE)
     wte, wpe = torch.ones(7, 4, device=DEVICE), torch.ones(2, 4, device=DEVICE)
     out = torch.empty(4, 4, device=DEVICE)
-    embed_kernel[(1,)](ids, wte, wpe, out, None, 0, 0, 1.0, 4, 2, 7, C=4, ROWS=4, BLOCK=4)
+    embed_kernel[(1,)](ids, wte, wpe, out, None, 0, 0, 1.0, 4, 2, 7, C=4, tile=Tile(4, 4, 4, 1, 1, 0, ""))
     assert torch.equal(out.isnan()[:, 0], torch.tensor([False, True, False, True], device=DEVICE))
     assert torch.equal(out[::2], torch.full((2, 4), 2.0, device=DEVICE))
     keys, order = ids.clamp(-1, 7).int().sort(stable=True)

@@ -333,7 +333,7 @@ def gelu_mlp(
     checks.shape("gelu_mlp", "b_proj", b_proj, w_proj.shape[0])
     x = autocast(x)
     given = (w_fc, b_fc, w_proj, b_proj)
-    empty = "a weight is empty" if 0 in (*w_fc.shape, *w_proj.shape) else None
+    empty = "a weight has no element" if 0 in (*w_fc.shape, *w_proj.shape) else None
     if choose("gelu_mlp", x, *given, obstacle=empty).backend == "triton":
         trained = any(t is not None and t.requires_grad for t in (x, *given))
         keep = trained and torch.is_grad_enabled() and not recompute
