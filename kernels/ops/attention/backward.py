@@ -1,4 +1,4 @@
-"""The backward of attention in two passes, neither with atomics, so the same inputs give the same bits:
+"""The backward of attention in two passes. Neither uses atomics: the same inputs give the same bits.
 
     query_kernel       a program owns a query tile and walks over the keys: dq, and delta for the pass after it
     key_kernel         a program owns a key tile and walks over the queries: dk, dv
