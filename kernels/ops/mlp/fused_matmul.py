@@ -41,8 +41,9 @@ def up_kernel(
     """
     WIDTH: tl.constexpr = tile.block // tile.split
     across = tl.cdiv(F, tile.block)
+    start = tl.program_id(0)
     tiles = tl.cdiv(rows, tile.rows) * across
-    for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=tile.programs == 1):
+    for i in tl.range(start, tiles, tl.num_programs(0), flatten=tile.programs == 1):
         row = i // across * tile.rows
         column = i % across * tile.block
         acc = tl.full((tile.rows, tile.block), 0.0, tl.float32)
@@ -95,8 +96,9 @@ def down_gradient_kernel(
     """
     WIDTH: tl.constexpr = tile.block // tile.split
     across = tl.cdiv(F, tile.block)
+    start = tl.program_id(0)
     tiles = tl.cdiv(rows, tile.rows) * across
-    for i in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=tile.programs == 1):
+    for i in tl.range(start, tiles, tl.num_programs(0), flatten=tile.programs == 1):
         row = i // across * tile.rows
         column = i % across * tile.block
         acc = tl.full((tile.rows, tile.block), 0.0, tl.float32)
