@@ -92,9 +92,9 @@ def _fields(command: Any) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
 
 
 # How often a thread of libgomp, torch's OpenMP, looks for work before it sleeps; its own default is 300,000. Speed of a step
-# of `make train` over the default's, on two cores, beside ten busy processes and alone:
-# 1,000: 0.95 alone; 3,000: 17 and 0.99; 5,000: 13; 10,000: 7 and 1.00; OMP_WAIT_POLICY=passive: 20 and 0.68.
-SPINS = "5000"
+# of `make train` over the default's, on two cores, alone and beside ten busy processes (two measurements, which differ much):
+# 1,000: 0.95; 3,000: 0.99 to 1.02, 2 and 17; 5,000: 1.02, 1.5 and 13; 10,000: 1.00, 7; OMP_WAIT_POLICY=passive: 0.68, 20.
+SPINS = "3000"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
