@@ -164,11 +164,9 @@ def parse(ptx: str) -> Module:
     return _Parser(ptx).module
 
 
-_PARAMETER = re.compile(
-    r"\.param\s+(?:\.align\s+(\d+)\s+)?.*?\.[busf](\d+)\b.*?([\w$]+)(?:\[(\d+)\])?$", re.S
-)
+_PARAMETER = r"\.param\s+(?:\.align\s+(\d+)\s+)?.*?\.[busf](\d+)\b.*?([\w$]+)(?:\[(\d+)\])?$"
 _SHARED = re.compile(r"^\s*\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", re.M)
-_STATEMENT = re.compile(r"(?:@(!?)(%?[\w$]+)\s+)?([\w.:]+)\s*(.*)$", re.S)
+_STATEMENT = r"(?:@(!?)(%?[\w$]+)\s+)?([\w.:]+)\s*(.*)$"
 _LABEL = re.compile(r"([\w$]+):(?!:)")
 
 
@@ -209,7 +207,7 @@ class _Parser:
     def parameters(self, text: str) -> tuple[dict[str, tuple[int, int]], int]:
         found, end = {}, 0
         for piece in filter(None, (p.strip() for p in text.split(","))):
-            align, bits, name, count = _PARAMETER.match(piece).groups()  # type: ignore[union-attr]
+            align, bits, name, count = _groups(_PARAMETER, piece)
             size = SIZE[bits]
             offset = _round_up(end, int(align or size))
             end = offset + size * int(count or 1)
@@ -258,7 +256,7 @@ class _Parser:
             return self.declare(text)
         if text.startswith("."):  # .pragma and the like
             return
-        negated, pred, op, rest = _STATEMENT.match(text).groups()  # type: ignore[union-attr]
+        negated, pred, op, rest = _groups(_STATEMENT, text)
         guard: Any = self.operand(pred) if pred else None
         if op in ("bra", "bra.uni"):
             args = [self.label(rest.strip())]
@@ -269,7 +267,7 @@ class _Parser:
         )
 
     def declare(self, text: str) -> None:
-        kind, names = re.match(r"\.reg\s+\.(\w+)\s+(.*)", text, re.S).groups()  # type: ignore[union-attr]
+        kind, names = _groups(r"\.reg\s+\.(\w+)\s+(.*)", text)
         file = FILES[kind]
         for name in (n.strip() for n in names.split(",")):
             many = re.match(r"(%?\w+)<(\d+)>", name)
@@ -305,16 +303,23 @@ class _Parser:
         if ranged and ranged[1] in self.ranges:
             file, first = self.ranges[ranged[1]]
             return Reg(file, first + int(ranged[2]))
-        name, offset = re.match(r"([\w$%.]+)(?:\s*\+\s*(\d+))?$", text).groups()  # type: ignore[union-attr]
+        name, offset = _groups(r"([\w$%.]+)(?:\s*\+\s*(\d+))?$", text)
         return Sym(name, int(offset or 0))
 
     def address(self, pieces: list[str]) -> Mem:
         coordinates = self.operand(pieces[1]).items if len(pieces) > 1 else ()
-        name, offset = re.match(r"([\w$%.]+?)\s*(?:\+\s*(-?\w+))?$", pieces[0]).groups()  # type: ignore[union-attr]
+        name, offset = _groups(r"([\w$%.]+?)\s*(?:\+\s*(-?\w+))?$", pieces[0])
         base, shift = self.operand(name), int(offset, 0) if offset else 0
         if isinstance(base, Sym):
             return Mem(Sym(base.name, base.offset + shift), 0, coordinates)
         return Mem(base, shift, coordinates)
+
+
+def _groups(pattern: str, text: str) -> tuple[Any, ...]:
+    found = re.match(pattern, text, re.S)
+    if found is None:
+        raise Unsupported(f"the PTX {text!r}")
+    return found.groups()
 
 
 def _location(raw: str, code: str) -> str:
