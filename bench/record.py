@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..gpt.doctor import driver
+from ..gpt.device import driver
 from ..kernels import _triton
 from ..kernels.selfcheck import ptxas_version
 from ..kernels.tiles import hardware

@@ -156,6 +156,9 @@ class TrainConfig:
     """Implementation of the operators."""
     cuda_graph: Literal["auto", "off"] = "auto"
     """auto: a GPU replays each step as CUDA graphs; off: each kernel is launched separately, with the same losses."""
+    verify: Literal["off", "auto", "strict"] = "auto"
+    """Compare the kernels and the first captured step with plain PyTorch before training. auto: what is wrong is replaced
+    for this run; strict: it ends the run."""
     seed: int = 0
     """Seed of initial weights, batches, dropout and samples."""
 

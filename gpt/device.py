@@ -74,6 +74,15 @@ def _lost_gpu(messages: list[str]) -> str | None:
     return f"{gpu}; {reason} Update the driver, or install a torch for its CUDA version"
 
 
+def driver() -> str:
+    """The version of NVIDIA's driver, or "unknown"."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else "unknown"
+
+
 def keep_freed_memory() -> None:
     """Keep the memory that a training step frees for the next step.
 

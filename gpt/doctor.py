@@ -4,8 +4,6 @@ It works without a GPU and without Triton, and reports what they would need.
 """
 
 import platform
-import shutil
-import subprocess
 from collections.abc import Iterator
 
 import torch
@@ -23,7 +21,8 @@ from ..kernels.selfcheck import (
     ptxas_version,
 )
 from ..kernels.tiles import hardware
-from .device import find_gpu, pick_device
+from .device import driver, find_gpu, pick_device
+from .verdicts import read_verdicts
 
 
 def examine(device_name: str = "auto") -> bool:
@@ -103,15 +102,10 @@ def facts(device: torch.device) -> Iterator[tuple[str, str]]:
         "; ".join(missing) + ": a GPU needs it" if missing else "C compiler and Python headers are there",
     )
     yield "backend", requested()
-
-
-def driver() -> str:
-    """The version of NVIDIA's driver, or "unknown"."""
-    if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return done.stdout.splitlines()[0].strip() if done.returncode == 0 and done.stdout else "unknown"
+    if _triton.MISSING is None:
+        for example, fault in read_verdicts(device).items():
+            if fault:
+                yield "WRONG", f"when a run began: {example}: {fault}"
 
 
 def table(checks: list[Check]) -> list[str]:

@@ -21,8 +21,10 @@ class FlatGradients:
     def __init__(self, parameters: list[nn.Parameter]) -> None:
         sizes = [-(-p.numel() // 32) * 32 for p in parameters]  # views start at multiples of 128 bytes
         device = parameters[0].device
-        self.buffer = torch.zeros(-(-sum(sizes) // _ROW) * _ROW, device=device)
-        for p, part in zip(parameters, self.buffer[: sum(sizes)].split(sizes), strict=True):
+        padding = -sum(sizes) % _ROW
+        self.buffer = torch.zeros(sum(sizes) + padding, device=device)
+        self.parts = self.buffer.split([*sizes, padding])  # by parameter; nothing but zeros in the last
+        for p, part in zip(parameters, self.parts[:-1], strict=True):
             p.grad = part[: p.numel()].view_as(p)
 
     def norm(self) -> Tensor:

@@ -23,9 +23,12 @@ from ._triton import tl, triton
 BACKENDS = ("auto", "triton", "torch")
 MIN_CAPABILITY = (8, 0)  # NVIDIA GPUs from here on have bfloat16 arithmetic and asynchronous copies
 
-# A plain global: Dynamo cannot trace a ContextVar, and autograd's threads, which recompute checkpointed blocks, would
+# Plain globals: Dynamo cannot trace a ContextVar, and autograd's threads, which recompute checkpointed blocks, would
 # not see its value.
 _forced: str | None = None
+_replaced: dict[
+    str, str
+] = {}  # operators and reasons; a new dict for each change, which outer blocks keep theirs from
 
 
 class Choice(NamedTuple):
@@ -33,22 +36,45 @@ class Choice(NamedTuple):
     reason: str
 
 
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run."""
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every operator inside the `with` block on one backend: "triton", "torch" or "auto" (the default).
 
     Overrides the environment variable FUSEDGPT_BACKEND and applies to all threads. An operator that the forced backend
-    cannot run raises RuntimeError.
+    cannot run raises RuntimeError. What `replace` does inside the block ends with it.
 
     Raises:
         ValueError: unknown name.
     """
-    global _forced
-    outer, _forced = _forced, _known(name, "use_backend")
+    global _forced, _replaced
+    outer = _forced, _replaced
+    _forced = _known(name, "use_backend")
     try:
         yield
     finally:
-        _forced = outer
+        _forced, _replaced = outer
+
+
+def replace(operator: str, reason: str) -> None:
+    """Run one operator in plain PyTorch from now on, even where "triton" is forced, because its kernel is wrong.
+
+    It holds for all threads until the `use_backend` block around it ends.
+
+    Args:
+        operator: as `explain` takes it.
+        reason: a clause, which `explain` gives.
+    """
+    global _replaced
+    _replaced = {**_replaced, operator: reason}
+
+
+def replaced() -> dict[str, str]:
+    """The operators that `replace` keeps in plain PyTorch, and why."""
+    return dict(_replaced)
 
 
 def requested() -> str:
@@ -71,18 +97,20 @@ def choose(operator: str, x: Tensor, *others: Tensor | None, obstacle: str | Non
         obstacle: why the operator's own kernel cannot take this call, such as an unsupported shape.
 
     Raises:
-        RuntimeError: "triton" was forced and cannot run here.
+        BackendError: "triton" was forced and cannot run here.
     """
     wanted = requested()
     if wanted == "torch":
         return Choice("torch", "it was asked for")
+    if operator in _replaced:
+        return Choice("torch", _replaced[operator])
     obstacle = _obstacle(wanted, x, others) or obstacle
     if obstacle is None:
         return Choice(
             "triton", "it was asked for" if wanted == "triton" else f"{x.device.type} tensors have a kernel"
         )
     if wanted == "triton":
-        raise RuntimeError(f"{operator}: the triton backend was asked for but cannot run: {obstacle}")
+        raise BackendError(f"{operator}: the triton backend was asked for but cannot run: {obstacle}")
     return Choice("torch", obstacle)
 
 
@@ -158,7 +186,7 @@ def explain(operator: str, x: Tensor) -> str:
     Raises:
         TypeError: x is not a tensor.
         ValueError: unknown operator.
-        RuntimeError: "triton" was forced and cannot run here.
+        BackendError: "triton" was forced and cannot run here.
     """
     from .examples import (
         SMALL,

@@ -7,7 +7,7 @@ builder, which has the operator's name, and a line in each of `SMALL`, `full_siz
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -171,18 +171,29 @@ def worst(parities: Iterable[Parity]) -> Parity:
     )
 
 
-def parity(example: Example, device: torch.device | str, dtype: torch.dtype) -> Parity:
-    """The worst of an example's outputs and gradients."""
-    approximate = torch.device(device).type == "cuda" and dtype == torch.float32
+def parity(
+    example: Example,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    parameters: torch.dtype | None = None,
+    slack: str | None = None,
+) -> Parity:
+    """The worst of an example's outputs and gradients.
 
-    def run(computed: torch.dtype) -> list[Tensor]:
-        return results(example, draw(example, device, computed, values=dtype), values=dtype)
+    Args:
+        dtype, parameters: as `draw` takes them.
+        slack: of float32 results, "approximate" on a GPU by default.
+    """
+    slack = slack or ("approximate" if torch.device(device).type == "cuda" else "rounding")
 
-    ours = run(dtype)
+    def run(computed: torch.dtype, parameters: torch.dtype | None) -> list[Tensor]:
+        return results(example, draw(example, device, computed, parameters, dtype), values=dtype)
+
+    ours = run(dtype, parameters)
     with use_backend("torch"):
-        torchs, exact = run(dtype), run(torch.float64)
-    slack = "approximate" if approximate else "rounding"
-    return worst(compare(*each, slack) for each in zip(ours, torchs, exact, strict=True))
+        torchs, exact = run(dtype, parameters), run(torch.float64, None)
+    slacks = [slack if y.dtype == torch.float32 else "rounding" for y in ours]
+    return worst(map(compare, ours, torchs, exact, slacks))
 
 
 # ---- the builders
@@ -210,20 +221,45 @@ def embed(
     )
 
 
-def layer_norm(rows: int, columns: int) -> Example:
-    vectors = {"weight": (columns,), "bias": (columns,)}
-    return Example("layer_norm", f"{rows} x {columns}", kernels.layer_norm, {"x": (rows, columns)}, vectors)
+def layer_norm(rows: int, columns: int, bias: bool = True, wide: bool = False) -> Example:
+    """wide: of a float32 x, to its dtype in the example."""
+
+    def call(x: Tensor, **rest: Any) -> Tensor:
+        return kernels.layer_norm(_widened(x) if wide else x, out_dtype=x.dtype, **rest)
+
+    vectors = dict.fromkeys(("weight", *(["bias"] if bias else [])), (columns,))
+    size = f"{rows} x {columns}" + (", float32 to another dtype" if wide else "")
+    return Example("layer_norm", size, call, {"x": (rows, columns)}, vectors)
 
 
-def add_layer_norm(rows: int, columns: int, p: float = 0.0, x_bias: bool = True) -> Example:
+def add_layer_norm(
+    rows: int,
+    columns: int,
+    p: float = 0.0,
+    x_bias: bool = True,
+    bias: bool = True,
+    wide: bool = False,
+    last: bool = False,
+) -> Example:
+    """wide: with a float32 residual stream. last: nobody reads the new stream, as behind the last block."""
+
+    def call(residual: Tensor, **rest: Any) -> Outputs:
+        residual = _widened(residual) if wide else residual
+        y, total = kernels.add_layer_norm(residual=residual, dropout_p=p, stream=2, **rest)
+        return y if last else (y, total)
+
     matrices = dict.fromkeys(("x", "residual"), (rows, columns))
-    vectors = dict.fromkeys(("weight", "bias", *(["x_bias"] if x_bias else [])), (columns,))
-    call = partial(kernels.add_layer_norm, dropout_p=p, stream=2)
-    return Example("add_layer_norm", f"{rows} x {columns}, p = {p}", call, matrices, vectors, _seed(p))
+    vectors = dict.fromkeys(
+        ("weight", *(["bias"] if bias else []), *(["x_bias"] if x_bias else [])), (columns,)
+    )
+    size = (
+        f"{rows} x {columns}, p = {p}" + (", float32 residual" if wide else "") + (", last" if last else "")
+    )
+    return Example("add_layer_norm", size, call, matrices, vectors, _seed(p))
 
 
-def linear(rows: int, columns: int, out: int) -> Example:
-    parameters = {"weight": (out, columns), "bias": (out,)}
+def linear(rows: int, columns: int, out: int, bias: bool = True) -> Example:
+    parameters: dict[str, Shape] = {"weight": (out, columns)} | ({"bias": (out,)} if bias else {})
     return Example(
         "linear", f"{rows} x {columns} to {out}", kernels.linear, {"x": (rows, columns)}, parameters
     )
@@ -259,16 +295,18 @@ def attention(
     first_key: bool = False,
     shared: bool = False,
     trained: bool = True,
+    cached: bool = False,
     **options: Any,
 ) -> Example:
     """options: of `attention`.
 
     shared: all sequences see the keys of one; their batch stride is 0, which no descriptor holds. trained: False calls
-    it without gradients, as decoding does.
+    it without gradients, as decoding does. cached: heads lie before positions, as in the cache of decoding.
     """
 
     def call(q: Tensor, k: Tensor, v: Tensor, **integers: Any) -> Tensor:
         k, v = (t.expand(batch, *t.shape[1:]) for t in (k, v))
+        k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) if cached else t for t in (k, v))
         with torch.set_grad_enabled(trained):
             return kernels.attention(q, k, v, p, stream=3, **integers, **options)
 
@@ -292,7 +330,12 @@ def gelu_mlp(rows: int, columns: int, **options: Any) -> Example:
 
 
 def linear_cross_entropy(
-    rows: int, columns: int, vocabulary: int, padding: int = 0, ignored: bool = False, **options: Any
+    rows: int,
+    columns: int,
+    vocabulary: int,
+    padding: int = 0,
+    ignored: bool = False,
+    **options: Any,
 ) -> Example:
     """padding: more rows of the weight. ignored: a ninth of the targets. options: of `linear_cross_entropy`."""
     padded = vocabulary + padding
@@ -311,6 +354,20 @@ def linear_cross_entropy(
 def dropout(rows: int, columns: int, p: float = 0.1) -> Example:
     call = partial(kernels.dropout, p=p, stream=4)
     return Example("dropout", f"{rows} x {columns}", call, {"x": (rows, columns)}, {}, _seed(p))
+
+
+def evaluated(example: Example) -> Example:
+    """The example without gradients, as evaluation calls it."""
+
+    def call(**tensors: Tensor) -> Outputs:
+        with torch.no_grad():
+            return example.call(**tensors)
+
+    return replace(example, size=f"{example.size}, evaluated", call=call)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _seed(p: float) -> dict[str, Integers]:

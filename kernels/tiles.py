@@ -5,6 +5,8 @@ An "offline" row was chosen without a GPU, by registers and spills (`make kernel
 of its own uses "any", which must not spill on any architecture.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple, TypeVar
 
@@ -18,11 +20,31 @@ class Hardware(NamedTuple):
     multiprocessors: int
 
 
-@cache
+FEW = 2  # multiprocessors: several partial sums, and several tiles a program
+_few = False
+
+
 def hardware(device: torch.device) -> Hardware:
-    """The key of the tables. Triton's interpreter counts as two multiprocessors, so that there are several partial sums."""
+    """The key of the tables. Triton's interpreter counts as few multiprocessors."""
+    found = _hardware(device)
+    return found._replace(multiprocessors=FEW) if _few else found
+
+
+@contextmanager
+def few_multiprocessors() -> Iterator[None]:
+    """Launch as on a small GPU, so that a persistent program takes several tiles where there are few rows."""
+    global _few
+    outer, _few = _few, True
+    try:
+        yield
+    finally:
+        _few = outer
+
+
+@cache
+def _hardware(device: torch.device) -> Hardware:
     if INTERPRETED:
-        return Hardware("interpreter", 2)
+        return Hardware("interpreter", FEW)
     properties = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return Hardware(properties.gcnArchName.partition(":")[0], properties.multi_processor_count)

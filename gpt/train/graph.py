@@ -6,10 +6,14 @@ One graph is captured per shape of the function's inputs:
     second                   is captured, then replayed
     all others               copy their inputs to where the graph reads them, and replay
 
-Nothing is computed twice, everything is initialised before a capture, and a shape that occurs once is not captured.
-What must outlive a call (gradients, losses, seeds) are tensors allocated outside, which the function changes in place.
+Everything is initialised before a capture, and a shape that occurs once is not captured. What must outlive a call
+(gradients, losses, seeds) are tensors allocated outside, which the function changes in place.
+
+The second call also runs uncaptured, from the same state, and a graph that changes these tensors otherwise is not used.
+The call leaves them as one call does.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,7 +23,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .verify import reject
+
 MAX_SHAPES = 8  # graphs per function; further shapes run uncaptured
+ROUNDING = 0.1  # the largest relative difference of a change that is not an error; a wrong graph's is about 1
 
 
 @cache
@@ -41,41 +48,86 @@ class _Graph(NamedTuple):
     inputs: tuple[Tensor, ...]  # the tensors that the graph reads
     graph: torch.cuda.CUDAGraph
 
+    def replay(self, inputs: tuple[Tensor, ...]) -> None:
+        for static, given in zip(self.inputs, inputs, strict=True):
+            static.copy_(given, non_blocking=True)
+        self.graph.replay()
+
 
 class Captured:
     """The CUDA graphs of one function, by the shapes of its inputs.
 
-    A failed capture is reported on stderr, and the function runs uncaptured from then on.
+    A failed capture and a wrong graph are reported on stderr, and the function runs uncaptured from then on.
 
     Args:
         name: of the function in that message.
         place: where it runs and is captured.
+        verify: "off": graphs are not compared; "strict": a wrong one raises TrainingError.
     """
 
-    def __init__(self, name: str, place: Place) -> None:
-        self.name, self.place = name, place
+    def __init__(self, name: str, place: Place, verify: str = "auto") -> None:
+        self.name, self.place, self.verify = name, place, verify
         self.graphs: dict[Any, _Graph] = {}
         self.ran: set[Any] = set()  # shapes whose kernels and libraries are initialised
         self.failed = False
 
-    def __call__(self, function: Callable[..., None], *inputs: Tensor) -> None:
+    def __call__(
+        self,
+        function: Callable[..., None],
+        *inputs: Tensor,
+        changed: Callable[[Callable[..., None]], list[Tensor]],
+    ) -> None:
         """Run function(*inputs), which changes tensors in place, returns nothing and keeps no input.
 
         Args:
             function: the same one at every call.
+            changed: lists the tensors that the function changes.
         """
         shape = tuple((tuple(t.shape), t.dtype) for t in inputs)
-        if shape not in self.graphs:
-            allowed = len(self.graphs) < MAX_SHAPES and not self.failed
-            graph = self._capture(function, inputs) if shape in self.ran and allowed else None
-            if graph is None:
-                self.ran.add(shape)
+        if shape in self.graphs:
+            self.graphs[shape].replay(inputs)
+            return
+        if shape not in self.ran or self.failed or len(self.graphs) == MAX_SHAPES:
+            self.ran.add(shape)
+            self._run(function, inputs)
+            return
+        if self.verify == "off":
+            if graph := self._capture(function, inputs):
+                graph.replay(inputs)
+            else:
                 self._run(function, inputs)
-                return
+        else:
+            graph = self._compared(function, inputs, changed(function))
+        if graph:
             self.graphs[shape] = graph
-        for static, given in zip(self.graphs[shape].inputs, inputs, strict=True):
-            static.copy_(given, non_blocking=True)
-        self.graphs[shape].graph.replay()
+
+    def _compared(
+        self, function: Callable[..., None], inputs: tuple[Tensor, ...], tensors: list[Tensor]
+    ) -> _Graph | None:
+        """Capture and return the graph if it changes the tensors as the function does; they are changed once."""
+        before = _copies(tensors)
+        self._run(function, inputs)  # first: a graph holds the memory of its intermediates
+        expected = _bits(tensors)
+        graph = self._capture(function, inputs)
+        if graph is None:
+            return None
+        _restore(tensors, before)
+        graph.replay(inputs)
+        if torch.equal(_bits(tensors), expected):
+            return graph
+        replayed = _copies(tensors)
+        graph.graph.reset()  # the run needs its memory
+        _restore(tensors, before)
+        self._run(function, inputs)
+        difference = max(map(_difference, replayed, tensors, before))
+        if difference <= ROUNDING:  # an operator is not deterministic, or the library chose another matmul
+            return self._capture(function, inputs)
+        self.failed = True
+        what = f"the CUDA graph of {self.name} is wrong here: what it changes differs by {difference:.1e} from an eager step"
+        reject(
+            what, self.verify == "strict", "This run launches each kernel separately, with the same losses"
+        )
+        return None
 
     def _run(self, function: Callable[..., None], inputs: tuple[Tensor, ...]) -> None:
         current = torch.cuda.current_stream(self.place.device)
@@ -113,3 +165,29 @@ class Captured:
             )
             return None
         return _Graph(static, graph)
+
+
+def _copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies in host memory: a run may fill the GPU's."""
+    return [t.to("cpu", copy=True) for t in tensors]
+
+
+def _restore(tensors: list[Tensor], values: list[Tensor]) -> None:
+    for tensor, value in zip(tensors, values, strict=True):
+        tensor.copy_(value)
+
+
+def _bits(tensors: list[Tensor]) -> Tensor:
+    """A sum of every tensor's bits, int64."""
+    return torch.stack([t.view(torch.int32).sum(dtype=torch.int64) for t in tensors])
+
+
+def _difference(replayed: Tensor, tensor: Tensor, before: Tensor) -> float:
+    """The norm of the difference from `tensor` over that of what it changed by; infinite where nothing was to change."""
+    if torch.equal(replayed.to(tensor.device), tensor):
+        return 0.0
+    if not tensor.is_floating_point():
+        return math.inf
+    replayed, before = replayed.to(tensor.device), before.to(tensor.device)
+    difference, change = ((tensor - other).double().norm().item() for other in (replayed, before))
+    return difference / change if change and math.isfinite(difference) else math.inf

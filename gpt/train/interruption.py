@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM while training: collected when they come, obeyed between two batches or two pieces of a sample."""
+"""How training ends early: an error that names the remedy, or Ctrl-C and SIGTERM, which are collected when they come and
+obeyed between two batches or two pieces of a sample."""
 
 import signal
 from collections.abc import Iterable, Iterator
@@ -6,6 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...data.windows import Batch
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: what happened, at which step, and what to do."""
 
 
 class Interrupted(Exception):

@@ -43,13 +43,14 @@ from ..run import (
 )
 from ..settings import write_config
 from .display import Display, program
-from .interruption import Interrupted, check, collected, until
+from .interruption import Interrupted, TrainingError, check, collected, until
 from .memory import explained, largest_micro_batch
 from .precompile import precompile
-from .step import TrainingError, TrainStep
+from .step import TrainStep
 from .throughput import Speedometer, peak_memory
 from .trace import Trace
 from .trackers import open_trackers, require_trackers
+from .verify import verify
 
 SLOW_STEP = 30.0  # seconds; longer ones are announced
 
@@ -85,8 +86,8 @@ def train(
 
     Raises:
         ValueError, OSError: the settings do not fit together, the data cannot be read, the folder is in use.
-        TrainingError: the loss is no longer finite, a GPU's memory does not suffice, or the model fell short of
-            `min_accepted`.
+        TrainingError: the loss is no longer finite, a GPU's memory does not suffice, a kernel or a graph is wrong where
+            `verify` is "strict", or the model fell short of `min_accepted`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the micro-step in flight and a checkpoint of the last finished step.
     """
     with use_backend(config.train.backend):
@@ -163,8 +164,9 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
     write_config(out / "config.toml", config, {**origins, **settled})
     log = MetricsLog(out / "metrics.jsonl", state["step"], open_trackers(config, out))
     floor = best_possible(shards.corpus, tokenizer, config.train.eval_windows)
-    display.start(config, model, loader, shards, device, state["step"])
     compiling.join()
+    verify(config, device)
+    display.start(config, model, loader, shards, device, state["step"])
     return Session(
         out, config, shards, model, optimizers, loader, validation, step, log, display, floor, signals
     )
@@ -175,9 +177,11 @@ def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Run
     dtype: Any = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
     model = replace(config.model, vocab_size=tokenizer.vocab_size)
     config = RunConfig(model, replace(config.train, dtype=dtype))
+    verify(config, device, known=True)  # what failed in an earlier run is not even compiled
     if config.train.micro_batch == "auto":
         one = replace(config.train, micro_batch=1)  # the steps that the search tries find their kernels
         precompile(RunConfig(model, one), device).join()
+        verify(config, device)
         largest = largest_micro_batch(config, device)
         config = replace(config, train=replace(config.train, micro_batch=largest))
     return config

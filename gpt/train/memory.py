@@ -14,7 +14,8 @@ from ..config import ModelConfig, RunConfig, TrainConfig
 from ..device import DTYPES
 from ..model import GPT
 from ..optim import build_optimizers
-from .step import TrainingError, TrainStep
+from .interruption import TrainingError
+from .step import TrainStep
 
 _CHUNK = 4096  # approximate rows of logits that the fused head holds at a time
 _SPARE = 0.04  # fraction of a GPU left for evaluation, samples and fragmentation
@@ -150,7 +151,7 @@ def largest_micro_batch(config: RunConfig, device: torch.device) -> int:
 
 def _fits(config: RunConfig, size: int, device: torch.device) -> bool:
     """Whether steps of `size` sequences run and leave some memory free."""
-    settings = replace(config.train, batch_size=size, micro_batch=size)
+    settings = replace(config.train, batch_size=size, micro_batch=size, verify="off")
     try:
         with torch.device(device):
             model = GPT(config.model)

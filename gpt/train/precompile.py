@@ -60,10 +60,10 @@ def _precompile(config: RunConfig, device: torch.device) -> None:
 def _compile(config: RunConfig, device: torch.device) -> None:
     # the first launch, in one thread: it initialises CUDA and Triton
     probe = torch.empty(0, dtype=DTYPES[config.train.dtype], device=device)
-    if choose("attention", probe).backend == "torch":
+    if choose("a training step", probe).backend == "torch":
         return
     calls = operator_calls(config, device)
-    with ThreadPoolExecutor(len(calls)) as pool:
+    with ThreadPoolExecutor(max(len(calls), 1)) as pool:  # there are none if every operator was found wrong
         for thread, each in calls.items():
             pool.submit(_try, thread, run, each)
 

@@ -29,10 +29,6 @@ from .graph import Captured, Place
 FIRST_SCALE, GROWTH, BACKOFF, GROWTH_INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on: what happened, at which step, and what to do."""
-
-
 class TrainStep:
     """Forward, backward, clipping and update of one model on batches from `batches`.
 
@@ -79,9 +75,9 @@ class TrainStep:
         self.graphs: dict[str, Captured] = {}  # by the function's name; a bound method here would be a cycle
         if self.device.type == "cuda" and config.cuda_graph == "auto":
             place = Place(self.device)
-            self.graphs["micro_step"] = Captured("forward and backward", place)
+            self.graphs["micro_step"] = Captured("forward and backward", place, config.verify)
             if optimizers.capturable:
-                self.graphs["update"] = Captured("the update", place)
+                self.graphs["update"] = Captured("the update", place, config.verify)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
         """Do one step; returns its loss in nats a token and the gradients' norm before clipping, on the device.
@@ -105,9 +101,17 @@ class TrainStep:
     def run(self, function: Callable[..., None], *inputs: Tensor) -> None:
         """Call `micro_step` or `update`, as a CUDA graph where it has some."""
         if graphs := self.graphs.get(function.__name__):
-            graphs(function, *inputs)
+            graphs(function, *inputs, changed=self.changed)
         else:
             function(*inputs)
+
+    def changed(self, function: Callable[..., None]) -> list[Tensor]:
+        """The tensors that `micro_step` or `update` changes."""
+        if function.__name__ == "micro_step":
+            return [*self.gradients.parts, self.loss, self.seed]
+        states = [tensor for state in self.optimizers.state().values() for tensor in state.values()]
+        numbers = [self.loss, self.result, self.skipped, self.found_inf, self.loss_scale, self.finite_steps]
+        return [*self.gradients.parts, *(p.detach() for p in self.model.parameters()), *states, *numbers]
 
     def micro_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradients of one batch to the buffer, its loss to the step's."""

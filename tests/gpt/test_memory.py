@@ -10,8 +10,8 @@ from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import memory
+from fusedgpt.gpt.train.interruption import TrainingError
 from fusedgpt.gpt.train.memory import estimate, explained, largest_micro_batch, remedies
-from fusedgpt.gpt.train.step import TrainingError
 
 CPU = torch.device("cpu")
 SHAPE = ModelConfig(1000, context_length=64, n_layer=3, n_head=4, n_embd=64)

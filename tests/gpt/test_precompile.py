@@ -18,13 +18,16 @@ from torch import Tensor
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.device import DTYPES
 from fusedgpt.gpt.evaluate import mean_loss
+from fusedgpt.gpt.generate import _Decoder
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import precompile as precompile_module
+from fusedgpt.gpt.train import verify
 from fusedgpt.gpt.train.precompile import operator_calls, run
 from fusedgpt.gpt.train.step import TrainStep
 from fusedgpt.kernels import use_backend
 from fusedgpt.kernels._triton import INTERPRETED, TensorDescriptor, tl
+from fusedgpt.kernels.examples import draw, results
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can be watched")
 
@@ -190,3 +193,27 @@ def test_plain_pytorch_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None
     with launches(monkeypatch) as launched, use_backend("torch"):
         precompile_module._compile(RunConfig(SHAPE, SETTINGS), CPU)
     assert not launched
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_verified_is_what_a_run_launches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, settings = RUNS[name]
+    dtype = DTYPES[settings.dtype]
+    with launches(monkeypatch) as verified:
+        for example in verify._examples(RunConfig(shape, settings), CPU):
+            if name == "odd sizes" and "2 x 1 over" in example.size:
+                continue  # a cache of odd sizes lies at any address
+            results(example, draw(example, CPU, dtype, torch.float32))
+    model = GPT(shape)
+    batch = ids(settings.sequences, shape.context_length)
+    with launches(monkeypatch) as launched:
+        TrainStep(model, build_optimizers(model, settings), repeat(batch), settings)()
+        mean_loss(model, [batch], dtype)
+        if name != "odd sizes":
+            decoder = _Decoder(model.eval(), [[1, 2]], dtype)
+            with torch.inference_mode():
+                decoder.logits([0], 2)
+                decoder.rows[0].append(3)
+                decoder.logits([0], 1)
+    assert launched - verified == set()
+    assert verified - launched == set(), "verified for nothing"

@@ -22,9 +22,10 @@ from fusedgpt.gpt.metrics import read_metrics
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train import graph
+from fusedgpt.gpt.train.interruption import TrainingError
 from fusedgpt.gpt.train.memory import largest_micro_batch
 from fusedgpt.gpt.train.precompile import precompile
-from fusedgpt.gpt.train.step import TrainingError, TrainStep
+from fusedgpt.gpt.train.step import TrainStep
 from fusedgpt.kernels._triton import INTERPRETED
 
 pytestmark = pytest.mark.skipif(

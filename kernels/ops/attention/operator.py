@@ -30,6 +30,7 @@ kernels.
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -187,19 +188,24 @@ def _tile(table: dict[str, tuple[Tile, ...]], *read: Tensor) -> Tile:
 
 
 def _one_pass_tile(*read: Tensor) -> OnePassTile | None:
-    """The tile of the backward in one pass where that is expected to win; None for two passes.
+    """The tile of the backward in one pass where that is expected to win; None for two passes."""
+    return one_pass_tile(_row_name(*read), read[0].shape, read[0].device)
+
+
+def one_pass_tile(row_name: str, shape: Sequence[int], device: torch.device) -> OnePassTile | None:
+    """The same for queries of this shape, (B, T, H, D).
 
     A program owns a head, so heads have to fill the multiprocessors, and the accumulators of dq of those in flight have
     to stay in the cache: the table row says how much of both.
     """
-    q = read[0]
-    tile = attention_tile(ATTENTION_ONE_PASS, _row_name(*read), q.shape[3])
+    batch, length, n_head, head_dim = shape
+    tile = attention_tile(ATTENTION_ONE_PASS, row_name, head_dim)
     if not tile.rows:
         return None
-    in_flight = hardware(q.device).multiprocessors * tile.programs
-    heads = q.shape[0] * q.shape[2]
+    in_flight = hardware(device).multiprocessors * tile.programs
+    heads = batch * n_head
     filled = 100 * heads >= tile.busy * triton.cdiv(heads, in_flight) * in_flight
-    accumulators = min(heads, in_flight) * q.shape[1] * q.shape[3] * 4
+    accumulators = min(heads, in_flight) * length * head_dim * 4
     return tile if filled and accumulators <= tile.cached << 20 else None
 
 
