@@ -15,7 +15,7 @@ PYTHON := .venv/bin/python
 prepare := @python3 tools/setup_env.py
 endif
 
-.PHONY: help train test check bench gpu kernels-report clean
+.PHONY: help train test check bench gpu kernels-report emulate clean
 
 help:
 	@echo 'make train   train a small GPT on the embedded corpus into runs/tales; about two minutes on two CPU cores'
@@ -24,6 +24,7 @@ help:
 	@echo 'make bench   time operators, training step, memory, start-up and generation on this machine; 3 minutes on a CPU'
 	@echo 'make gpu     on a machine with a GPU: parity, tests, sanitizer and timings into bench/results; within eight minutes'
 	@echo 'make kernels-report  compile every kernel for four architectures: registers, spills, shared memory; needs no GPU'
+	@echo 'make emulate  run what the compiler makes of every kernel in a PTX emulator, in every mode; needs no GPU'
 	@echo 'make clean   remove .venv, caches and build output, never runs/'
 	@echo
 	@echo 'The first target makes .venv and installs what it needs. PYTHON=... uses an interpreter that has everything.'
@@ -55,6 +56,11 @@ gpu: $(LINK)/fusedgpt
 kernels-report: $(LINK)/fusedgpt
 	$(prepare)
 	$(PYTHON) -m fusedgpt.bench kernels-report $(ARGS)
+
+# ARGS="--mutations 5" breaks the kernels instead, and counts what is noticed
+emulate: $(LINK)/fusedgpt
+	$(prepare)
+	$(PYTHON) -m fusedgpt.bench emulate $(ARGS)
 
 # The package is the clone itself, whatever its folder is called; this link gives it its name, for mypy and for PYTHON=.
 $(LINK)/fusedgpt:

@@ -1,4 +1,5 @@
-"""`python -m fusedgpt.bench step | ops | ... | all | compare | readme | tiles | gpu | kernels-report`: the bench suite's command line.
+"""`python -m fusedgpt.bench step | ops | ... | all | compare | readme | tiles | gpu | kernels-report | emulate`:
+the bench suite's command line.
 
 argparse, not tyro as in `gpt`: `gpu` has to run on machines where nothing can be installed.
 """
@@ -14,6 +15,8 @@ from typing import Any
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parents[1]]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+EMULATED = ("sm_80", "sm_90", "sm_86", "sm_89", "sm_120")
+MODES = ("early", "late", "random")
 SIZE_NAMES = (
     "tiny",
     "small",
@@ -30,6 +33,7 @@ FUNCTIONS = {
     "tiles": (".tiles.sweep", "run_tiles"),
     "gpu": (".gpu.run", "run_gpu"),
     "kernels-report": (".gpu.kernels_report", "run_kernels_report"),
+    "emulate": (".emulator.run", "run_emulate"),
 }
 
 
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         module, function = FUNCTIONS[command]
         result = getattr(importlib.import_module(module, __package__), function)(**options)
-        return result if command in ("gpu", "kernels-report") else 0
+        return result if command in ("gpu", "kernels-report", "emulate") else 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -73,7 +77,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "What is faster, by how much, on this machine."
     parser = argparse.ArgumentParser(prog="python -m fusedgpt.bench", description=description)
-    names = "ops | step | memory | startup | decode | all | compare | readme | tiles | gpu | kernels-report"
+    names = "ops | step | memory | startup | decode | all | compare | readme | tiles | gpu | kernels-report | emulate"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ops = commands.add_parser("ops", help="operators beside others: time, memory, share of the limit")
@@ -157,6 +161,22 @@ def _parser() -> argparse.ArgumentParser:
         help="(default: all four)",
     )
     report.add_argument("--kernel", dest="word", default="", help="only those whose name contains this")
+
+    emulate = commands.add_parser(
+        "emulate", help="run the compiled kernels of every operator in the PTX emulator; needs no GPU"
+    )
+    for name, choices in (("architecture", EMULATED), ("mode", MODES)):
+        emulate.add_argument(
+            f"--{name}", dest=f"{name}s", nargs="+", choices=choices, default=choices, help="(default: all)"
+        )
+    emulate.add_argument("--operator", dest="word", default="", help="only checks whose name contains this")
+    emulate.add_argument(
+        "--mutations",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="instead: break the PTX, N times for each kernel and kind of fault, and count what is noticed",
+    )
     return parser
 
 

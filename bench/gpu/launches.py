@@ -11,6 +11,9 @@ from importlib import import_module
 from typing import Any, NamedTuple
 from unittest import mock
 
+import torch
+from torch import Tensor
+
 from ...kernels import backend, ops, tiles, use_backend
 from ...kernels.ops.attention.tile_io import Meta
 
@@ -102,17 +105,30 @@ def caught(architecture: str) -> Iterator[list[Launch]]:
         stack.enter_context(
             patch(JITFunction, "_do_compile", catch)
         )  # without a result Triton launches nothing
-        stack.enter_context(patch(backend, "_obstacle", lambda *_: None))
-        for name, module in list(sys.modules.items()):
-            if name.startswith(tiles.__package__ or "") and hasattr(module, "hardware"):
-                stack.enter_context(patch(module, "hardware", lambda _: where))
         for name, table in tables().items():
             marked = {
                 key: tuple(_marked(Row(name, key, tile)) for tile in rows) for key, rows in table.items()
             }
             stack.enter_context(mock.patch.dict(table, marked))
+        stack.enter_context(kernels_on_cpu_tensors(where))
         stack.enter_context(use_backend("triton"))
         yield launches
+
+
+@contextmanager
+def kernels_on_cpu_tensors(where: tiles.Hardware) -> Iterator[None]:
+    """Within it the public functions take their kernels for CPU tensors, with the tiles of `where`; not for float64."""
+
+    def obstacle(_: str, x: Tensor, others: tuple[Tensor | None, ...]) -> str | None:
+        wide = any(t is not None and t.dtype == torch.float64 for t in (x, *others))
+        return "float64 exists in plain PyTorch only" if wide else None
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(backend, "_obstacle", obstacle))
+        for name, module in list(sys.modules.items()):
+            if name.startswith(tiles.__package__ or "") and hasattr(module, "hardware"):
+                stack.enter_context(mock.patch.object(module, "hardware", return_value=where))
+        yield
 
 
 class _Warps(int):
