@@ -23,7 +23,7 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 
 from .global_memory import GlobalMemory, Region
-from .machine import Machine
+from .machine import Finding, Machine
 from .ptx import Module, parse
 from .tensor_map import SWIZZLES, TensorMap
 from .threads import EmulatorError, Unsupported
@@ -54,7 +54,7 @@ BATCH = 1024  # threads that a machine takes at once, about
 
 @dataclass
 class Emulation:
-    """What an emulated GPU did. Text of a finding: how often it was made; an empty dict: nothing was found."""
+    """What an emulated GPU did. `findings`: the text of each, and how often it was made."""
 
     architecture: str
     timing: str
@@ -66,6 +66,12 @@ class Emulation:
         default_factory=list
     )  # kernel, grid, seconds
     covered: dict[tuple[str, str], set[int]] = field(default_factory=dict)  # (kernel, PTX): lines that ran
+    texts: dict[str, str] = field(default_factory=dict, repr=False)  # of a finding, by its place
+
+    def add(self, finding: Finding) -> None:
+        """Count a finding; one at a place, with the details of the first."""
+        text = self.texts.setdefault(finding.place, f"{finding.place}: {finding.detail}")
+        self.findings[text] = self.findings.get(text, 0) + finding.count
 
 
 @contextmanager
@@ -268,10 +274,8 @@ class _Launcher:
             )
 
     def collect(self, name: str, ptx: str, machine: Machine) -> None:
-        findings = self.emulation.findings
-        fences = [[text, 1] for text in machine.missing_fences.values()]
-        for text, count in [*machine.findings.values(), *fences]:
-            findings[text] = findings.get(text, 0) + count
+        for finding in (*machine.findings.values(), *machine.missing_fences):
+            self.emulation.add(finding)
         self.emulation.covered.setdefault((name, ptx), set()).update(machine.covered_lines())
 
 

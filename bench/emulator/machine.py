@@ -9,6 +9,7 @@ import itertools
 import random
 import struct
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -43,6 +44,13 @@ class Block(NamedTuple):
     warp_synchronous: bool  # has an instruction that all threads of a warp execute together
 
 
+@dataclass
+class Finding:
+    place: str  # its kind, the kernel, the line
+    detail: str  # of the first time
+    count: int = 0
+
+
 class Machine:
     def __init__(
         self, module: Module, per_cta: int, ctas: int, shared_bytes: int, timing: str, random_order: bool
@@ -74,7 +82,7 @@ class Machine:
         self.parameters = np.zeros(module.parameter_bytes + 64, np.uint8)
         self.tensor_maps: dict[int, TensorMap] = {}  # by the offset of their parameter
         self.random = random.Random()
-        self.findings: dict[tuple[str, int], list[Any]] = {}  # (kind, instruction): [text, how often]
+        self.findings: dict[tuple[str, int], Finding] = {}  # by kind and instruction
         self.copies, self.bulk = AsyncCopies(self), BulkCopies(self)
         self.barriers, self.multiplications = Barriers(self), Multiplications(self)
         self.scheduler = Scheduler(self)
@@ -83,7 +91,10 @@ class Machine:
             ins.index: self.built(self.scheduler.compile, ins) for ins in module.code if ins.control
         }
         self.covered: set[int] = set()  # starts of the blocks that ran
-        self.missing_fences = missing_fences(module)
+        self.missing_fences = [
+            Finding(f"wgmma fence: {self.where(module.code[i])}", what, 1)
+            for i, what in missing_fences(module).items()
+        ]
 
     # ---- operands
 
@@ -271,10 +282,8 @@ class Machine:
         return f"{self.module.name}, {ins.source}, PTX line {ins.line}: {text[:100]}"
 
     def report(self, kind: str, ins: Instruction, detail: str) -> None:
-        found = self.findings.setdefault(
-            (kind, ins.index), [f"{kind}: {self.where(ins)}: {' '.join(detail.split())}", 0]
-        )
-        found[1] += 1
+        found = self.findings.setdefault((kind, ins.index), Finding(f"{kind}: {self.where(ins)}", detail))
+        found.count += 1
 
 
 def immediate(text: str, dtype: np.dtype) -> Any:

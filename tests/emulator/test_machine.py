@@ -44,7 +44,7 @@ def run(body: str, values: np.ndarray, threads: int = 32, timing: str = "early")
     parameters[:8] = np.array([values.ctypes.data], np.uint64).view(np.uint8)
     memory = GlobalMemory([Region(values.ctypes.data, values.nbytes, "values")])
     machine.run([(0, 0, 0)], (1, 1, 1), parameters, {}, memory, 0)
-    return [text for text, _ in machine.findings.values()]
+    return [f"{found.place}: {found.detail}" for found in machine.findings.values()]
 
 
 ONE = "ld.global.b32 %r2, [%rd3]; {}; st.global.b32 [%rd3], %r3"
@@ -136,7 +136,7 @@ def test_programs_that_race_for_an_address() -> None:
     parameters[:8] = np.array([values.ctypes.data], np.uint64).view(np.uint8)
     memory = GlobalMemory([Region(values.ctypes.data, values.nbytes, "values")])
     machine.run([(0, 0, 0), (1, 0, 0)], (2, 1, 1), parameters, {}, memory, 0)
-    assert [text.split(":")[0] for text, _ in machine.findings.values()] == ["write conflict"]
+    assert [found.place.split(":")[0] for found in machine.findings.values()] == ["write conflict"]
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def wgmma(machine: "Machine", ins: Instruction) -> "Operation":
 
 
 def missing_fences(module: Module) -> dict[int, str]:
-    """Where a register of a wgmma is written and no wgmma.fence follows before it, by the wgmma's index. (PTX ISA, 9.7.15.7.1)
+    """What is wrong before each wgmma, by its index: a register of it is written and no wgmma.fence follows. (PTX ISA, 9.7.15.7.1)
 
     Read from the code, straight back from each wgmma: the machine computes the same with and without a fence.
     """
@@ -265,8 +265,7 @@ def missing_fences(module: Module) -> dict[int, str]:
         if not ins.multiplies:
             continue
         involved = frozenset().union(*ins.touched)
-        where = f"wgmma fence: {module.name}, {ins.source}, PTX line {ins.line}"
-        found[ins.index] = f"{where}: no wgmma.fence before this wgmma"
+        found[ins.index] = "no wgmma.fence before this wgmma"
         for before in reversed(module.code[: ins.index]):
             if before.op.startswith("wgmma.fence"):
                 del found[ins.index]
@@ -274,7 +273,7 @@ def missing_fences(module: Module) -> dict[int, str]:
             written = before.touched[1] & involved
             if before.name != "wgmma" and any(r.file == "w" for r in written):
                 found[ins.index] = (
-                    f"{where}: line {before.line} writes a register of this wgmma and no wgmma.fence follows"
+                    f"line {before.line} writes a register of this wgmma and no wgmma.fence follows"
                 )
                 break
             if before.index in joins and before.name == "bra" and "@" not in before.args[0]:
