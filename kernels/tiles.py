@@ -148,7 +148,8 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 # registers for four programs.
 # Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
 #     forward 193 · 225 | 194 · 227    dq 122 · 155 | 122 · 138    dk, dv 192 · 253 | 192 · 218
-# By pointer dk, dv of sm_90's tiles spill there under 3.6: what no descriptor can hold uses the rows of "any".
+# By pointer sm_90's dk, dv spilled there under 3.6, 12 bytes at 64 and 32 at 128, when delta was loaded earlier: what no
+# descriptor can hold uses the rows of "any".
 # "any" on sm_80 with first_key: 8 bytes in dk, dv at 64, under 3.6 alone; 8 warps do not spill, but leave one program.
 # sm_100 forward at 128: 64 keys a tile spill 28 bytes under 3.6; 128 keys take 225 of 227 KiB.
 # Architectures that load by tensor descriptor, and the rows for what no descriptor can hold:
@@ -195,7 +196,7 @@ ATTENTION_DECODE: dict[str, tuple[Tile, ...]] = {
 # 213 · 254 | 214 · 255, 114 KiB, no spill, 5 matmuls and 65 instructions for exponentials where two passes have 7 and 136.
 # One program is resident, so nothing but its own prefetch hides a load.
 # 128 queries a tile spill, 64 to 488 bytes, with 64 keys or 128. 64 × 64 with 4 warps, two programs per multiprocessor,
-# adds twice the bytes to dq, and under 3.9 spills 32 bytes with dropout. By pointer 12 to 100 bytes spill.
+# adds twice the bytes to dq, and with 2 stages spilled 32 bytes with dropout under 3.9, by pointer 12 to 100.
 # At 128 two passes remain: only 64 keys × 32 queries do not spill (236 · 250 registers), with matmuls too small for wgmma.
 # Two passes have 1.4 times the matmuls, so one pass may leave a quarter of the GPU idle; 48 MiB of an H200's cache hold
 # the dq accumulators.
