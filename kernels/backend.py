@@ -125,6 +125,8 @@ def _obstacle(wanted: str, x: Tensor, others: tuple[Tensor | None, ...]) -> str 
         return f"the tensors are on {x.device}, and Triton kernels need a CUDA or ROCm device"
     if any(t is not None and t.dtype == torch.float64 for t in (x, *others)):
         return "float64 exists in plain PyTorch only"
+    if _triton.INTERPRETED and x.dtype == torch.bfloat16:
+        return "Triton's interpreter is wrong in bfloat16 (its tl.dot multiplies bit patterns); take float16 or float32"
     return None if _triton.INTERPRETED else unusable(x.device)
 
 

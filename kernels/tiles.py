@@ -3,6 +3,11 @@
 A launcher looks up its row; nothing is tuned at start-up. Measured rows are pasted from `python -m fusedgpt.bench tiles`.
 An "offline" row was chosen without a GPU, by registers and spills (`make kernels-report`). An architecture without rows
 of its own uses "any", which must not spill on any architecture.
+
+Stages, for NVIDIA: with n stages, n - 1 tiles are requested ahead, and an iteration begins by waiting for the oldest and
+ends by requesting the next. So 2 stages have nothing in flight while they compute (`async_wait {num = 0}` in the TTGIR,
+`cp.async.wait_group 0` in the PTX), and no row has 2: 3 keep one iteration's tiles in flight. For AMD 2 stages do: the next
+tile is loaded into registers at the top of the loop and stored to shared memory at its end.
 """
 
 from collections.abc import Iterator
@@ -58,7 +63,7 @@ class Tile(NamedTuple):
     block: int  # columns a program holds at once; a narrower row takes the next power of two
     rows: int  # rows a program holds at once
     warps: int
-    stages: int  # of the loop over tiles; above 1 the next tile is prefetched into shared memory
+    stages: int  # of the loop over tiles; 1: nothing is prefetched
     programs: int  # persistent programs per multiprocessor; 0: one program per tile
     origin: str
 
@@ -98,56 +103,84 @@ _OFFLINE = "offline"
 # Persistent programs keep the parameters and the dropout keys of their columns in registers, so there are enough warps
 # for each thread to hold 8 to 16 elements of a row. All programs are resident at once: one that waits for another to
 # end would double the time. `make kernels-report` checks that against occupancy.
+# "any" prefetches nothing: the other resident programs' loads are in flight meanwhile, 24 to 36 KB of a multiprocessor,
+# and its few registers and no buffers let more programs be resident (float32 has to fit into 99 KiB of consumer GPUs).
 _FORWARD = (
     Tile(64, 64, 16, 1, 1, 12, _OFFLINE),
     Tile(256, 256, 4, 1, 1, 16, _OFFLINE),
-    Tile(512, 512, 2, 2, 2, 10, _OFFLINE),
-    Tile(1024, 1024, 2, 4, 2, 5, _OFFLINE),
-    Tile(2048, 2048, 1, 4, 2, 4, _OFFLINE),
-    Tile(4096, 4096, 1, 8, 2, 2, _OFFLINE),
-    Tile(8192, 8192, 1, 16, 2, 1, _OFFLINE),
+    Tile(512, 512, 2, 2, 1, 10, _OFFLINE),
+    Tile(1024, 1024, 2, 4, 1, 5, _OFFLINE),
+    Tile(2048, 2048, 1, 4, 1, 4, _OFFLINE),
+    Tile(4096, 4096, 1, 8, 1, 2, _OFFLINE),
+    Tile(8192, 8192, 1, 16, 1, 1, _OFFLINE),
     Tile(ANY, 4096, 1, 8, 1, 0, _OFFLINE),
 )
 _BACKWARD = (
     Tile(64, 64, 16, 1, 1, 12, _OFFLINE),
     Tile(256, 256, 4, 1, 1, 10, _OFFLINE),
-    Tile(512, 512, 2, 2, 2, 6, _OFFLINE),
-    Tile(1024, 1024, 2, 4, 2, 3, _OFFLINE),
-    Tile(2048, 2048, 1, 4, 2, 2, _OFFLINE),
-    Tile(4096, 4096, 1, 8, 2, 1, _OFFLINE),
+    Tile(512, 512, 2, 2, 1, 6, _OFFLINE),
+    Tile(1024, 1024, 2, 4, 1, 4, _OFFLINE),
+    Tile(2048, 2048, 1, 4, 1, 3, _OFFLINE),
+    Tile(4096, 4096, 1, 8, 1, 1, _OFFLINE),
     Tile(ANY, 2048, 1, 8, 1, 0, _OFFLINE),
 )
+# Data-centre GPUs have two to four times the bandwidth of a multiprocessor and 163 KiB or more of shared memory. Bytes in
+# flight are a program's whole tile: at 768 columns in bfloat16 forward 4 x 6 KB, backward 3 x 9 KB. A fourth stage takes
+# shared memory and 10 to 30 registers, which cost a resident program at most widths. 1024 columns: float32 takes 32 KiB,
+# so four programs; backward up to 166 registers, so three. 2048: up to 158 registers. Forward at 4096: 151 registers
+# leave one program of 8 warps, where without a prefetch two are resident.
+_FORWARD_PREFETCHED = (
+    *_FORWARD[:2],
+    Tile(512, 512, 2, 2, 3, 10, _OFFLINE),
+    Tile(1024, 1024, 2, 4, 3, 4, _OFFLINE),
+    Tile(2048, 2048, 1, 4, 3, 3, _OFFLINE),
+    _FORWARD[5],
+    Tile(8192, 8192, 1, 16, 3, 1, _OFFLINE),
+    _FORWARD[7],
+)
+_BACKWARD_PREFETCHED = (
+    *_BACKWARD[:2],
+    Tile(512, 512, 2, 2, 3, 6, _OFFLINE),
+    Tile(1024, 1024, 2, 4, 3, 3, _OFFLINE),
+    Tile(2048, 2048, 1, 4, 3, 2, _OFFLINE),
+    Tile(4096, 4096, 1, 8, 3, 1, _OFFLINE),
+    _BACKWARD[6],
+)
+_DATA_CENTRE = ("sm_80", "sm_90", "sm_100")
 _INTERPRETER = (Tile(128, 128, 16, 1, 1, 1, ""), Tile(ANY, 64, 4, 1, 1, 0, ""))
 
 LAYER_NORM_FORWARD: dict[str, tuple[Tile, ...]] = {
     "any": _FORWARD,
-    # 72 registers at 768 and 1024, 80 in float32: six programs are resident
-    "sm_90": (*_FORWARD[:3], _FORWARD[3]._replace(programs=6), *_FORWARD[4:]),
+    **dict.fromkeys(_DATA_CENTRE, _FORWARD_PREFETCHED),
     "interpreter": _INTERPRETER,
 }
 LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
-    "any": _BACKWARD,  # three programs at 768 and 1024: Triton 3.6 takes up to 145 registers for sm_90, 3.9 128
+    "any": _BACKWARD,
+    **dict.fromkeys(_DATA_CENTRE, _BACKWARD_PREFETCHED),
     "interpreter": _INTERPRETER,
 }
 
 
 # Attention: limit is the head dimension, rows are queries, block is keys. "any" suits the tensor cores of Ampere and Ada
-# and stays below the 99 KiB of shared memory of consumer GPUs. sm_90 forward: with 64 queries a tile, 12 × 64 heads of
-# 1024 would fetch 1.8 GB of keys and values, with 128 half of that; 128 × 64 with 4 warps takes 211 registers, and by
-# pointer 254 and spills with dropout. float32 multiplies without tensor cores, from registers: heads wider than 64 spill
-# at any tile.
+# and stays below the 99 KiB of shared memory of consumer GPUs; its dk, dv at 64 have 4 stages, as the smallest tiles.
+# sm_90 forward: with 64 queries a tile, 12 × 64 heads of 1024 would fetch 1.8 GB of keys and values, with 128 half of that.
+# At 64 two programs of 4 warps are resident, so that one multiplies while the other computes exponentials, which one
+# program of 8 warps over 128 keys waits for.
+# float32 multiplies without tensor cores, from registers: heads wider than 64 spill at any tile, and 1 stage leaves
+# registers for four programs.
 # Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
-#     forward 168 · 218 | 173 · 174    dq 122 · 155 | 122 · 138    dk, dv 205 · 253 | 204 · 255
-# By pointer dk, dv spill there under 3.6, 12 bytes at 64 and 32 at 128: what no descriptor can hold uses the rows of "any".
-# sm_100 by pointer: the rows of "any" spill 4 bytes in dk, dv at 64 under 3.9 and 20 in the forward at 128 under 3.6, those
-# of sm_100 92 in dk, dv at 64 under 3.6. "any" on sm_80 with first_key: 8 bytes in dk, dv at 64, under 3.6 alone.
+#     forward 193 · 225 | 194 · 227    dq 122 · 155 | 122 · 138    dk, dv 192 · 253 | 192 · 218
+# By pointer sm_90's dk, dv spilled there under 3.6, 12 bytes at 64 and 32 at 128, when delta was loaded earlier: what no
+# descriptor can hold uses the rows of "any".
+# "any" on sm_80 with first_key: 8 bytes in dk, dv at 64, under 3.6 alone; 8 warps do not spill, but leave one program.
+# sm_100 forward at 128: 64 keys a tile spill 28 bytes under 3.6; 128 keys take 225 of 227 KiB.
 # Architectures that load by tensor descriptor, and the rows for what no descriptor can hold:
 DESCRIPTORS = {"sm_90": "any", "sm_100": "sm_100 by pointer"}
 ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
-    "any": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 32, 128, 8, 2, 0, _OFFLINE)),
-    "sm_90": (Tile(64, 128, 128, 8, 2, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
-    "sm_100": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 128, 128, 8, 2, 0, _OFFLINE)),
-    "sm_100 by pointer": (Tile(128, 64, 128, 8, 2, 0, _OFFLINE),),
+    "any": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 32, 128, 8, 3, 0, _OFFLINE)),
+    "sm_90": (Tile(64, 64, 128, 4, 3, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
+    "sm_100": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 128, 128, 8, 3, 0, _OFFLINE)),
+    "sm_100 by pointer": (Tile(128, 64, 128, 8, 3, 0, _OFFLINE),),
     "gfx942": (
         Tile(32, 32, 128, 4, 1, 0, _OFFLINE),  # 2 stages spill 8 bytes with dropout under 3.9
         Tile(64, 32, 128, 4, 2, 0, _OFFLINE),
@@ -157,18 +190,18 @@ ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
     "interpreter": (Tile(128, 16, 32, 1, 1, 0, ""),),
 }
 ATTENTION_QUERY: dict[str, tuple[Tile, ...]] = {
-    "any": (Tile(64, 64, 128, 8, 2, 0, _OFFLINE), Tile(128, 32, 64, 4, 2, 0, _OFFLINE)),
-    "sm_90": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 64, 128, 8, 2, 0, _OFFLINE)),
-    "sm_100": (Tile(128, 64, 128, 8, 2, 0, _OFFLINE),),
+    "any": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 32, 64, 4, 3, 0, _OFFLINE)),
+    "sm_90": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
+    "sm_100": (Tile(128, 64, 128, 8, 3, 0, _OFFLINE),),
     "gfx942": (Tile(128, 32, 64, 4, 2, 0, _OFFLINE),),
     "float32": (Tile(64, 32, 32, 8, 1, 0, _OFFLINE),),
     "interpreter": (Tile(128, 32, 16, 1, 1, 0, ""),),
 }
 ATTENTION_KEY: dict[str, tuple[Tile, ...]] = {
-    "any": (Tile(64, 64, 32, 4, 2, 0, _OFFLINE), Tile(128, 64, 32, 8, 2, 0, _OFFLINE)),
-    "sm_90": (Tile(64, 128, 64, 8, 3, 0, _OFFLINE), Tile(128, 128, 32, 8, 2, 0, _OFFLINE)),
-    "sm_100": (Tile(128, 128, 64, 8, 2, 0, _OFFLINE),),
-    "sm_100 by pointer": (Tile(64, 64, 64, 8, 2, 0, _OFFLINE), Tile(128, 64, 32, 8, 2, 0, _OFFLINE)),
+    "any": (Tile(64, 64, 32, 4, 4, 0, _OFFLINE), Tile(128, 64, 32, 8, 3, 0, _OFFLINE)),
+    "sm_90": (Tile(64, 128, 64, 8, 3, 0, _OFFLINE), Tile(128, 128, 32, 8, 3, 0, _OFFLINE)),
+    "sm_100": (Tile(128, 128, 64, 8, 3, 0, _OFFLINE),),
+    "sm_100 by pointer": (Tile(64, 64, 64, 8, 3, 0, _OFFLINE), Tile(128, 64, 32, 8, 3, 0, _OFFLINE)),
     "gfx942": (Tile(64, 64, 16, 4, 2, 0, _OFFLINE), Tile(128, 64, 16, 8, 2, 0, _OFFLINE)),
     "float32": (Tile(64, 32, 16, 4, 1, 0, _OFFLINE),),
     "interpreter": (Tile(128, 32, 16, 1, 1, 0, ""),),
@@ -182,16 +215,17 @@ ATTENTION_DECODE: dict[str, tuple[Tile, ...]] = {
     "interpreter": (Tile(128, 16, 16, 1, 1, 0, ""),),
 }
 # The one-pass backward. Registers without · with dropout (Triton 3.6 | 3.9), at 64:
-# 214 · 244 | 217 · 254, 97 KiB, no spill, 5 matmuls and 65 instructions for exponentials where two passes have 7 and 136.
+# 213 · 254 | 214 · 255, 114 KiB, no spill, 5 matmuls and 65 instructions for exponentials where two passes have 7 and 136.
+# One program is resident, so nothing but its own prefetch hides a load.
 # 128 queries a tile spill, 64 to 488 bytes, with 64 keys or 128. 64 × 64 with 4 warps, two programs per multiprocessor,
-# adds twice the bytes to dq, and under 3.9 spills 32 bytes with dropout. By pointer 12 to 100 bytes spill.
+# adds twice the bytes to dq, and with 2 stages spilled 32 bytes with dropout under 3.9, by pointer 12 to 100.
 # At 128 two passes remain: only 64 keys × 32 queries do not spill (236 · 250 registers), with matmuls too small for wgmma.
 # Two passes have 1.4 times the matmuls, so one pass may leave a quarter of the GPU idle; 48 MiB of an H200's cache hold
 # the dq accumulators.
 TWO_PASSES = OnePassTile(ANY, 0, 0, 0, 0, 0, 0, 0, _OFFLINE)
 ATTENTION_ONE_PASS: dict[str, tuple[OnePassTile, ...]] = {
     "any": (TWO_PASSES,),
-    "sm_90": (OnePassTile(64, 128, 64, 8, 2, 1, 75, 48, _OFFLINE), TWO_PASSES),
+    "sm_90": (OnePassTile(64, 128, 64, 8, 3, 1, 75, 48, _OFFLINE), TWO_PASSES),
 }
 
 # Reductions over rows that are read once: enough loads in flight at any width; offline there is nothing to tune.

@@ -107,7 +107,9 @@ def cross_entropy_kernel(
                 if epsilon is not None:
                     z_sum += tl.where(whole + lane < V, z, 0.0)
             m_row = tl.max(m, 0)
-            d_row = tl.sum(d * _exp(m - m_row), 0)
+            # A plain product would be contracted into the first addition of the sum across lanes: fma(d, e, other), where
+            # the lane that holds `other` contracts its own product, and the two differ in the last bit.
+            d_row = tl.sum(tl.fma(d, _exp(m - m_row), 0.0), 0)
             log_d = tl.log2(d_row) * LN2
             m_row = tl.where(known, m_row, float("nan"))
             lse_row = m_row + log_d

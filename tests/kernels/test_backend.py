@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedgpt import kernels
 from fusedgpt.kernels import backend, explain, use_backend
+from fusedgpt.kernels._triton import INTERPRETED
 from fusedgpt.kernels.backend import requested
 
 X = torch.ones(2, 8)
@@ -60,6 +61,19 @@ def test_a_forced_backend_that_cannot_run_says_which_operator_and_why(
     monkeypatch.setenv("FUSEDGPT_BACKEND", "triton")
     with pytest.raises(RuntimeError, match=message):
         CALLS[operator]()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="compiled kernels take bfloat16")
+@each_operator
+def test_the_interpreter_takes_no_bfloat16(operator: str) -> None:
+    """Its matmuls there are off by nine orders of magnitude."""
+    with use_backend("triton"):
+        assert "its Triton kernel for float16" in explain(operator, X.half())
+        with pytest.raises(RuntimeError, match="cannot run: Triton's interpreter is wrong in bfloat16"):
+            explain(operator, X.bfloat16())
+        with pytest.raises(RuntimeError, match="cannot run: Triton's interpreter is wrong in bfloat16"):
+            kernels.causal_attention(QKV.bfloat16(), 2)
+    assert kernels.causal_attention(QKV.bfloat16(), 2).dtype == torch.bfloat16
 
 
 @each_operator

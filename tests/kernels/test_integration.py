@@ -189,7 +189,7 @@ def test_autocast_gives_the_dtypes_of_the_reference(operator: str) -> None:
     tensors = draw(SMALL[operator], DEVICE, torch.float32)
     dtypes = []
     for backend in ("triton", "torch"):
-        with use_backend(backend), torch.autocast(DEVICE, torch.bfloat16):
+        with use_backend(backend), torch.autocast(DEVICE, torch.float16):
             outputs = SMALL[operator].call(**tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         grads = torch.autograd.grad(sum(y.float().sum() for y in outputs), floating(tensors))

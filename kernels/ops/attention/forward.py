@@ -3,7 +3,7 @@
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key, keep_scores
 from .masking import first_keys, key_range, visible
-from .tile_io import NOT_SPECIALISED, head_of, head_of_contiguous, load, place, store
+from .tile_io import NOT_SPECIALISED, as_operand, head_of, head_of_contiguous, load, place, store
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
@@ -52,6 +52,7 @@ def forward_kernel(
             m_i = m_ij
             if key is not None:
                 p = tl.where(keep_scores(key, bh, offs_m[:, None], offs_n[None, :], threshold), p, 0.0)
+                p = as_operand(p, k_tile.dtype, meta)
             v_tile = load(v_head, start_n, meta.BLOCK_N, MASKED, meta)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
         low = whole

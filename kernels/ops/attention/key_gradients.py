@@ -3,7 +3,7 @@
 from ..._triton import tl, triton
 from ...dropout_mask import keep_scores
 from .masking import first_keys, query_range, visible
-from .tile_io import add, load, load_stats
+from .tile_io import add, as_operand, load, load_stats
 
 
 @triton.jit
@@ -30,19 +30,24 @@ def key_gradients(q, k, v, do, stats, dq_acc, first_key, key, bh, start_n, padde
             q_tile = load(q, start_m, meta.BLOCK_M, MASKED, meta)
             do_tile = load(do, start_m, meta.BLOCK_M, MASKED, meta)
             lse_i = load_stats(stats, 2 * bh, start_m, padded, meta.BLOCK_M)
-            delta = load_stats(stats, 2 * bh + 1, start_m, padded, meta.BLOCK_M)
             qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             p = tl.exp2(qk * scale - lse_i[None, :])
             if MASKED:
                 first = first_keys(first_key, offs_m, q.batch, q_len, k_len)
                 p = tl.where(visible(offs_m, offs_n, first, q_len, k_len, meta.CAUSAL, True), p, 0.0)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
+            if dq_acc is None:
+                delta = load_stats(stats, 2 * bh + 1, start_m, padded, meta.BLOCK_M)
             dropped = p
             if key is not None:
                 keep = keep_scores(key, bh, offs_m[None, :], offs_n[:, None], threshold)
                 dropped = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp, 0.0)
-            dv = tl.dot(dropped.to(do_tile.dtype), do_tile, dv, input_precision="ieee")
+            dv = tl.dot(as_operand(dropped, do_tile.dtype, meta), do_tile, dv, input_precision="ieee")
+            if (
+                dq_acc is not None
+            ):  # this late it saves 16 registers; in two passes matmuls would be serialized
+                delta = load_stats(stats, 2 * bh + 1, start_m, padded, meta.BLOCK_M)
             ds = (p * (dp - delta[None, :])).to(q_tile.dtype)
             dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
             if dq_acc is not None:

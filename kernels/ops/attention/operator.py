@@ -163,13 +163,14 @@ def _run(
     if programs == 0:
         return
     with on_device_of(q):
-        kernel[(programs,)](*arguments, _meta(q.shape[3], tile, causal), num_warps=tile.warps)
+        wgmma = hardware(q.device).architecture == "sm_90"
+        kernel[(programs,)](*arguments, _meta(q.shape[3], tile, causal, wgmma), num_warps=tile.warps)
 
 
 @cache
-def _meta(head_dim: int, tile: Tile | OnePassTile, causal: bool) -> Meta:
+def _meta(head_dim: int, tile: Tile | OnePassTile, causal: bool, wgmma: bool) -> Meta:
     block_d = max(16, next_power_of_two(head_dim))
-    return Meta(*map(tl.constexpr, (head_dim, block_d, tile.rows, tile.block, tile.stages, causal)))
+    return Meta(*map(tl.constexpr, (head_dim, block_d, tile.rows, tile.block, tile.stages, causal, wgmma)))
 
 
 def _options(p: float, stream: int, scale: float) -> tuple[int, int, float]:

@@ -33,6 +33,7 @@ class Meta(NamedTuple):
     BLOCK_N: Any  # keys of a tile
     STAGES: Any  # of the loop over tiles
     CAUSAL: Any
+    WGMMA: Any  # whether matmuls are wgmma, which reads registers while the program goes on
 
 
 class Head(NamedTuple):
@@ -119,6 +120,26 @@ def store(head, value, start, ROWS: tl.constexpr, meta):
     pointers = _pointers(head, start, ROWS, meta)
     mask = _bounds(head, start, ROWS, True, meta)
     tl.store(pointers, value.to(head.source.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def as_operand(x, dtype: tl.constexpr, meta):
+    """x, float32, in `dtype`, as the first operand of a matmul.
+
+    wgmma reads it from registers, which must be written before the `wgmma.fence` in front of it. Triton 3.6 does not tie
+    them to the fence, and LLVM moved selects of dropped elements and their packing behind it. It moves no assembly.
+    """
+    if meta.WGMMA and dtype == tl.bfloat16:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.bfloat16, is_pure=False, pack=2
+        )
+    elif meta.WGMMA and dtype == tl.float16:
+        y = tl.inline_asm_elementwise(
+            "cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [x], dtype=tl.float16, is_pure=False, pack=2
+        )
+    else:
+        y = x.to(dtype)
+    return y
 
 
 @triton.jit
