@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,8 @@ def run_part(module: str, name: str, seconds: float, options: Options) -> tuple[
             printed.append(text)
         process.wait()
         timer.cancel()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what the part has left running
         lines = file.read_text().splitlines() if file.exists() else []
     status: Row = {"seconds": round(time.monotonic() - began, 1)}
     if late.is_set():

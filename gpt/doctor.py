@@ -13,7 +13,15 @@ import torch
 from .. import __version__
 from ..kernels import _triton
 from ..kernels.backend import missing_tools, requested
-from ..kernels.selfcheck import FIXED_PTXAS, Check, check_all, may_miscompile, ptxas_version
+from ..kernels.selfcheck import (
+    FIXED_PTXAS,
+    FIXED_TRITON,
+    Check,
+    check_all,
+    may_miscompile,
+    may_race,
+    ptxas_version,
+)
 from ..kernels.tiles import hardware
 from .device import find_gpu, pick_device
 
@@ -50,16 +58,25 @@ def facts(device: torch.device) -> Iterator[tuple[str, str]]:
         "torch",
         f"{torch.__version__}, built for {toolkit if torch.version.hip or torch.version.cuda else 'CPUs'}",
     )
+    compiled = device.type == "cuda" and not _triton.INTERPRETED
+    architecture = hardware(device).architecture if compiled else "sm_90"  # whose ptxas matters most
     if _triton.MISSING is None:
-        yield "triton", _triton.triton.__version__ + (", interpreted" if _triton.INTERPRETED else "")
+        version, fixed = _triton.triton.__version__, ".".join(map(str, FIXED_TRITON))
+        doubt = (
+            f": can leave out barriers around matmuls on {architecture} (Triton issue 9871), which no check is sure to "
+            f"notice; fixed in {fixed}, pip install --upgrade torch brings it"
+        )
+        yield (
+            "triton",
+            version
+            + (", interpreted" if _triton.INTERPRETED else "")
+            + (doubt if may_race(architecture, version) else ""),
+        )
     else:
         yield "triton", f"none ({_triton.MISSING}): no fused kernels; pip install triton"
 
-    architecture = "sm_90"  # whose ptxas matters most
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        if not _triton.INTERPRETED:
-            architecture = hardware(device).architecture
         yield (
             "device",
             f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {architecture}; driver {driver()}",

@@ -6,6 +6,7 @@ builder, which has the operator's name, and a line in each of `SMALL`, `full_siz
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,7 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import kernels
+from ._triton import INTERPRETED
 from .backend import use_backend
+from .ops.attention.operator import WIDEST
+from .tiles import ANY, ATTENTION_ONE_PASS, attention_row, attention_tile, hardware
 
 GPT2_WIDTHS = (768, 1024, 1280, 1600)  # C of the four sizes, small first
 VOCABULARY, PADDED_VOCABULARY = 50257, 50304
@@ -50,6 +54,7 @@ class Example:
     activations: Mapping[str, Shape]
     parameters: Mapping[str, Shape] = field(default_factory=dict)  # float32 masters in training
     integers: Mapping[str, Integers] = field(default_factory=dict)
+    one_pass: bool = False  # attention's backward in one pass, however few heads there are
 
 
 def draw(
@@ -96,11 +101,34 @@ def results(example: Example, tensors: Tensors, values: torch.dtype | None = Non
         for y in outputs
     ]
     leaves = [t for t in tensors.values() if t.requires_grad]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, incoming)]
+    with forced_one_pass() if example.one_pass else nullcontext():
+        gradients = torch.autograd.grad(outputs, leaves, incoming)
+    return [*(y.detach() for y in outputs), *gradients]
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+@contextmanager
+def forced_one_pass() -> Iterator[None]:
+    """Take attention's backward in one pass wherever a row of the table allows it, however few heads there are."""
+    kept = dict(ATTENTION_ONE_PASS)
+    for name, rows in kept.items():
+        ATTENTION_ONE_PASS[name] = tuple(row._replace(busy=0, cached=ANY) for row in rows)
+    try:
+        yield
+    finally:
+        ATTENTION_ONE_PASS.update(kept)
+
+
+def has_one_pass(device: torch.device | str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether attention's backward has a row for one pass on a device."""
+    device = torch.device(device)
+    if not INTERPRETED and device.type != "cuda":
+        return False
+    name = attention_row(hardware(device).architecture, dtype == torch.float32, descriptors=True)
+    return attention_tile(ATTENTION_ONE_PASS, name, head_dim).rows > 0
 
 
 # ---- the rule
@@ -205,6 +233,7 @@ def causal_attention(
     head_dim: int,
     p: float = 0.0,
     first_key: bool = False,
+    one_pass: bool = False,
     **options: Any,
 ) -> Example:
     """options: of `causal_attention`."""
@@ -213,7 +242,8 @@ def causal_attention(
     size = f"{batch} x {length} x 3 x {width}, {n_head} heads, p = {p}{_named(options)}"
     integers = _first_key(first_key, batch, length, length) | _seed(p)
     size += ", first_key" if first_key else ""
-    return Example("attention", size, call, {"qkv": (batch, length, 3 * width)}, {}, integers)
+    size += ", one pass" if one_pass else ""
+    return Example("attention", size, call, {"qkv": (batch, length, 3 * width)}, {}, integers, one_pass)
 
 
 def attention(
@@ -309,14 +339,22 @@ SMALL: dict[str, Example] = {
     )
 }
 WIDE_ROW = add_layer_norm(5, 9001, 0.1)  # its rows are taken in blocks
+ONE_PASS = causal_attention(2, 70, 3, 32, 0.1, one_pass=True)
 
 
-def full_size(rows: int) -> list[Example]:
-    """The sizes of GPT-2's training, with all that the kernels can do."""
+def small(device: torch.device | str, dtype: torch.dtype) -> list[Example]:
+    """`SMALL` and, on a device that has a row for it, `ONE_PASS`: every kernel that GPT-2's training launches there."""
+    return [*SMALL.values(), *([ONE_PASS] if has_one_pass(device, dtype, 32) else [])]
+
+
+def full_size(rows: int, device: torch.device | str, dtype: torch.dtype) -> list[Example]:
+    """The sizes of GPT-2's training, with all that the kernels can do on a device in a dtype."""
     length, vocabulary = min(rows, 1024), min(16 * rows, PADDED_VOCABULARY)
     tables = partial(embed, rows // length, length, vocabulary=vocabulary, often=11)
     # a batch of 4: the float64 reference holds the T x T matrices of all heads
-    heads = ((min(rows, 1024), 12, 64), (min(rows, 777), 25, 64), (min(rows, 1024), 8, 128))
+    heads = [(min(rows, 1024), 12, 64), (min(rows, 777), 25, 64), (min(rows, 1024), 8, 128)]
+    heads = [sizes for sizes in heads if sizes[2] <= WIDEST[dtype]]
+    one_pass_heads = [sizes for sizes in heads if has_one_pass(device, dtype, sizes[2])]
     # an eighth of the rows: it holds all logits too
     head = partial(linear_cross_entropy, max(rows // 8, 1), 768, VOCABULARY, PADDED_VOCABULARY - VOCABULARY)
     return [
@@ -327,6 +365,7 @@ def full_size(rows: int) -> list[Example]:
         linear(rows, 768, 2304),
         linear(rows, 1600, 1600),
         *(causal_attention(4, *sizes, p) for sizes in heads for p in (0.0, 0.1)),
+        *(causal_attention(4, *sizes, p, one_pass=True) for sizes in one_pass_heads for p in (0.0, 0.1)),
         *(gelu_mlp(rows, c) for c in GPT2_WIDTHS),
         gelu_mlp(rows, 768, approximate="none", recompute=True),
         head(ignored=True),

@@ -10,13 +10,14 @@ import torch
 
 from . import _triton
 from .backend import choose, requested
-from .examples import SMALL, parity
+from .examples import Example, parity, small
 
 FIXED_PTXAS = (13, 3)  # earlier ones can miscompile Hopper matmuls whose first operand is in registers
+FIXED_TRITON = (3, 7)  # earlier ones leave out barriers around tl.dot on data-centre Blackwell
 
 
 class Check(NamedTuple):
-    operator: str
+    operator: str  # "attention, one pass" for its other backward
     backend: str
     reason: str  # why that backend
     error: float  # the largest difference from float64, outputs and gradients, over the largest value there
@@ -35,14 +36,15 @@ def check_all(device: torch.device | str, dtype: torch.dtype | None = None) -> l
     """
     device = torch.device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return [_check(operator, device, dtype) for operator in SMALL]
+    return [_check(example, device, dtype) for example in small(device, dtype)]
 
 
-def _check(operator: str, device: torch.device, dtype: torch.dtype) -> Check:
+def _check(example: Example, device: torch.device, dtype: torch.dtype) -> Check:
+    operator = f"{example.operator}, one pass" if example.one_pass else example.operator
     backend, reason = requested(), ""
     try:
-        backend, reason = choose(operator, torch.empty(1, dtype=dtype, device=device))
-        result = parity(SMALL[operator], device, dtype)
+        backend, reason = choose(example.operator, torch.empty(1, dtype=dtype, device=device))
+        result = parity(example, device, dtype)
     # whatever a compiler, a driver or a launch may throw; the others are still checked
     except Exception as failure:
         line = (str(failure).strip().splitlines() or [""])[0]
@@ -64,6 +66,13 @@ def ptxas_version(architecture: str) -> str | None:
 
 def may_miscompile(architecture: str, version: str | None) -> bool:
     """Whether this ptxas is one that can miscompile Hopper's matmuls (Triton issue 9433). sm_90 only."""
-    if architecture != "sm_90" or version is None:
-        return False
-    return tuple(map(int, version.split(".")[:2])) < FIXED_PTXAS
+    return architecture == "sm_90" and version is not None and _release(version) < FIXED_PTXAS
+
+
+def may_race(architecture: str, version: str) -> bool:
+    """Whether this Triton can leave out barriers around `tl.dot` (Triton issue 9871). sm_100 and sm_103 only."""
+    return architecture in ("sm_100", "sm_103") and _release(version) < FIXED_TRITON
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from fusedgpt.bench import parts, table
 from fusedgpt.bench.gpu import run as gpu
 from fusedgpt.bench.step import step
 from fusedgpt.bench.step.sizes import workload
-from fusedgpt.kernels.examples import SMALL, Example, full_size, parity
+from fusedgpt.kernels import examples
+from fusedgpt.kernels._triton import INTERPRETED
+from fusedgpt.kernels.examples import SMALL, Example, Parity, draw, full_size, parity, results
+from fusedgpt.kernels.tiles import Hardware
 
 FINE = [{"operator": "dropout", "ok": True}]
 
@@ -43,9 +47,42 @@ sys.exit(main(["gpu"]))
 
 @pytest.mark.parametrize("operator", SMALL)
 def test_every_operator_has_a_full_size(operator: str) -> None:
-    examples = [example for example in full_size(3) if example.operator == operator]
-    assert examples
-    assert all(parity(example, "cpu", torch.float32).ok for example in examples)
+    sizes = [e for e in full_size(3, "cpu", torch.float32) if e.operator == operator]
+    assert sizes
+    assert all(parity(example, "cpu", torch.float32).ok for example in sizes)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter takes CPU tensors")
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_kernels_take_every_full_size(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is computed: what the triton backend refuses, it refuses before a launch."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    def forward_and_backward(example: Example, device: torch.device, dtype: torch.dtype) -> Parity:
+        results(example, draw(example, device, dtype))
+        return Parity(0.0, 1.0)
+
+    monkeypatch.setattr(InterpretedFunction, "run", lambda *_, **__: None)
+    monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "parity", forward_and_backward)
+    rows = list(gpu.check_parity({"rows": 3, "dtypes": [dtype]}))
+    assert {row["operator"] for row in rows} == set(SMALL)
+    assert [row for row in rows if not row["ok"]] == []
+
+
+def test_attention_is_compared_in_one_pass_where_there_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examples, "INTERPRETED", False)
+    monkeypatch.setattr(examples, "hardware", lambda _: Hardware("sm_90", 132))
+
+    def in_one_pass(dtype: torch.dtype) -> list[str]:
+        return [example.size for example in full_size(3, "cuda", dtype) if example.one_pass]
+
+    assert len(in_one_pass(torch.bfloat16)) == len(in_one_pass(torch.float16)) == 4
+    assert in_one_pass(torch.float32) == []
+    assert examples.small("cuda", torch.bfloat16)[-1] is examples.ONE_PASS
+    monkeypatch.setattr(examples, "hardware", lambda _: Hardware("sm_80", 108))
+    assert in_one_pass(torch.bfloat16) == []
+    assert examples.small("cuda", torch.bfloat16) == [*SMALL.values()]
 
 
 @pytest.mark.parametrize(
@@ -102,9 +139,9 @@ def test_all_parts_together_stay_below_eight_minutes() -> None:
 @pytest.mark.parametrize(
     ("text", "verdict"),
     [
-        ("ran 3 operators\n========= ERROR SUMMARY: 0 errors\n", {"ok": True, "message": "0 found"}),
-        ("ran 3 operators\n========= ERROR SUMMARY: 12 errors\n", {"ok": False, "message": "12 found"}),
-        ("ran 3 operators\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n", {"ok": True, "message": "0 found"}),
+        ("ran 3 examples\n========= ERROR SUMMARY: 0 errors\n", {"ok": True, "message": "0 found"}),
+        ("ran 3 examples\n========= ERROR SUMMARY: 12 errors\n", {"ok": False, "message": "12 found"}),
+        ("ran 3 examples\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors)\n", {"ok": True, "message": "0 found"}),
         ("========= Device not supported\n", {"left out": "Device not supported"}),
         ("Traceback\nValueError: x\n========= ERROR SUMMARY: 0 errors\n", {"ok": False, "message": "Traceback ValueError: x ERROR SUMMARY: 0 errors"}),
     ],
@@ -136,24 +173,41 @@ def test_tests_that_have_no_time_are_left_out_and_the_others_kept(
     (tmp_path / "tests" / "kernels").mkdir()
     (tmp_path / "tests" / "kernels" / "test_integration.py").write_text("def test_late(): pass\n")
     (tmp_path / "tests" / "gpu" / "test_some.py").write_text(
-        "import time\ndef test_right(): pass\ndef test_slow(): time.sleep(60)\n"
+        "import time, pytest\ndef test_right(): pass\n"
+        "@pytest.mark.parametrize('x', ['a/b::c'])\ndef test_slow(x): time.sleep(60)\n"
     )
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    right, last = gpu.run_tests({"seconds": 10})
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    right, *late = gpu.run_tests({"seconds": 10})
     assert (right["test"], right["ok"]) == ("test_right", True)
-    assert last == {"left out": "the tests after these: 8 s were over"}
+    assert late == [
+        {"test": name, "left out": "the time was over"} for name in ("test_slow[a/b::c]", "test_late")
+    ]
 
 
 def test_the_compiling_processes_check_every_operator_in_every_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     commands: list[list[str]] = []
-    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **_: commands.append(command))
-    rows = list(gpu.compile_kernels({}))
-    assert len(rows) == len(commands) == len(SMALL) * len(gpu.DTYPES)
+
+    def output(command: list[str], seconds: float) -> str | None:
+        if "--collect-only" in command:
+            return "\n".join(
+                ["tests/gpu/test_a.py::test_more_than_2_to_31_elements", *names, "9 tests collected"]
+            )
+        commands.append(command)
+        return None if command[-1] == names[0] else "printed"
+
+    names = ["tests/gpu/test_a.py::test_a", "tests/gpu/test_a.py::test_b"]
+    monkeypatch.setattr(gpu, "_output", output)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    *rows, a, b = gpu.compile_kernels({"seconds": 60})
+    assert {tuple(command[-1:]) for command in commands[-2:]} == {(names[0],), (names[1],)}
+    assert (a["left out"], "left out" in b) == ("not compiled in time", False)
+    assert len(rows) == len(commands) - 2 == len(SMALL) * len(gpu.DTYPES)
     monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
-    asked = [json.loads(command[-1]) for command in commands]
+    asked = [json.loads(command[-1]) for command in commands if command[-2] == os.devnull]
     (wanted,) = [o for o in asked if o["operators"] == ["dropout"] and o["dtypes"] == ["float32"]]
 
-    def small(rows: int) -> list[Example]:
+    def small(rows: int, device: torch.device, dtype: torch.dtype) -> list[Example]:
         return [example for example in SMALL.values() if rows == 4096]
 
     monkeypatch.setattr(gpu, "full_size", small)
@@ -164,6 +218,60 @@ def test_the_compiling_processes_check_every_operator_in_every_dtype(monkeypatch
         "float32",
         True,
     )
+
+
+def test_a_time_that_is_over_names_what_was_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "require_gpu", lambda: torch.device("cpu"))
+    rows = list(gpu.check_parity({"seconds": -1, "rows": 3, "operators": ["dropout"], "dtypes": ["float32"]}))
+    expected = {
+        "operator": "dropout",
+        "shape": "3 x 768",
+        "dtype": "float32",
+        "left out": "the time was over",
+    }
+    assert rows == [expected]
+    found = {"versions": {}, "commit": "x", "clocks": [], "parts": {"parity": {"seconds": 1}}}
+    lines = list(gpu.summary(found | {"rows": [{"benchmark": "parity", **row} for row in rows * 2]}))
+    assert "    left out, the time was over: dropout 3 x 768 float32; dropout 3 x 768 float32" in lines
+
+
+def test_a_command_that_takes_too_long_is_stopped() -> None:
+    began = time.monotonic()
+    assert gpu._output([sys.executable, "-c", "import time; time.sleep(60)"], 1.0) is None
+    assert time.monotonic() - began < 30
+    assert gpu._output([sys.executable, "-c", "print(1)"], 0.0) is None
+    assert gpu._output([sys.executable, "-c", "import os; print(os.environ['A'])"], 30.0, A="b") == "b\n"
+
+
+def test_memcheck_judges_and_racecheck_informs(monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: dict[str, list[str]] = {}
+
+    def output(command: list[str], seconds: float, **variables: str) -> str:
+        assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        assert seconds > 50
+        commands[command[2]] = command
+        summary = {
+            "memcheck": "ERROR SUMMARY: 2 errors",
+            "racecheck": "RACECHECK SUMMARY: 3 hazards displayed",
+        }
+        return f"ran 9 examples\n========= {summary[command[2]]}\n"
+
+    monkeypatch.setattr(gpu, "_output", output)
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: "compute-sanitizer")
+    rows = list(gpu.sanitize({"seconds": 70}))
+    assert rows == [
+        {"check": "memcheck", "ok": False, "message": "2 found"},
+        {"check": "racecheck", "message": "3 found"},
+    ]
+    assert "--report-api-errors no" in " ".join(commands["memcheck"])
+    assert "--racecheck-detect-level error" in " ".join(commands["racecheck"])
+    found = {"versions": {}, "commit": "x", "clocks": [], "parts": {"sanitizer": {"seconds": 1}}}
+    found["rows"] = [{"benchmark": "sanitizer", **row} for row in rows]
+    assert "    racecheck: 3 found" in list(gpu.summary(found))
+    found["rows"] = found["rows"][1:]
+    assert not gpu.wrong("sanitizer", found)
+    monkeypatch.setattr(gpu, "_output", lambda *_, **__: None)
+    assert all(row["left out"] == "the time was over" for row in gpu.sanitize({"seconds": 70}))
 
 
 def test_without_the_sanitizer_it_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedgpt.bench.step import breakdown, implementations, step
+from fusedgpt.bench.step import breakdown, implementations, sizes, step
 from fusedgpt.bench.step.implementations import Implementation, builders, fusedgpt, transformers_gpt2
 from fusedgpt.bench.step.sizes import SIZES, Workload, workload
 from fusedgpt.bench.table import line
@@ -137,6 +137,17 @@ def test_sizes_on_a_cpu(size: str) -> None:
     assert work.case.endswith(", float32")
     assert work.tokens <= 2048
     assert workload(size, "cpu", batch=3, dropout=0.1).case.endswith(", dropout 0.1")
+
+
+@pytest.mark.parametrize(
+    ("gibibytes", "batches"), [(141, (64, 32, 16, 16)), (79, (32, 16, 8, 8)), (24, (8, 4, 2, 2))]
+)
+def test_sizes_on_a_gpu(gibibytes: int, batches: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizes, "pick_device", torch.device)
+    monkeypatch.setattr(sizes, "pick_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(sizes, "memory", lambda _: gibibytes * 2**30)
+    names = [size for size in SIZES if size.startswith("gpt2")]
+    assert tuple(workload(size, "cuda").batch for size in names) == batches
 
 
 def test_the_help_lists_the_sizes() -> None:

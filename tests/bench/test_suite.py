@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,23 @@ def test_each_part_is_kept_however_it_ends(
     assert errors["slow"] == "stopped after 60 s"
     assert errors["late"].startswith("stopped before it began")
     assert "a word" in capsys.readouterr().out
+
+
+def test_what_a_part_leaves_running_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "leaving.py").write_text(
+        "import subprocess, sys\n"
+        "nothing = subprocess.DEVNULL\n"
+        "command = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "child = subprocess.Popen(command, stdout=nothing, stderr=nothing)\n"
+        "open(sys.argv[2], 'w').write(f'{child.pid}')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (child,), _ = parts.run_part("leaving", "name", 60, {})
+    state = Path(f"/proc/{child}/stat")
+    until = time.monotonic() + 10
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
 
 
 def test_the_parts_of_all_and_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,9 @@ from fusedgpt.gpt import device as devices
 from fusedgpt.gpt import doctor
 from fusedgpt.gpt.cli import main
 from fusedgpt.kernels import _triton, selfcheck
-from fusedgpt.kernels.examples import SMALL
+from fusedgpt.kernels.examples import SMALL, small
+from fusedgpt.kernels.ops.attention import operator as attention
+from fusedgpt.kernels.tiles import ATTENTION_ONE_PASS, TWO_PASSES, Hardware, OnePassTile
 
 CPU = torch.device("cpu")
 
@@ -32,13 +34,13 @@ def test_every_operator_is_checked_and_right(capsys: pytest.CaptureFixture[str])
 def test_a_wrong_operator_is_named_and_the_exit_code_is_1(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    example = selfcheck.SMALL["layer_norm"]
+    example = SMALL["layer_norm"]
 
     def off(**tensors: torch.Tensor) -> torch.Tensor:
         y = example.call(**tensors)
         return y * 1.001 if y.dtype == torch.float32 and selfcheck.requested() == "auto" else y
 
-    monkeypatch.setitem(selfcheck.SMALL, "layer_norm", replace(example, call=off))
+    monkeypatch.setitem(SMALL, "layer_norm", replace(example, call=off))
     assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert [line.split()[0] for line in out.splitlines() if "WRONG" in line] == ["layer_norm"]
@@ -51,7 +53,7 @@ def test_an_operator_that_cannot_start_does_not_hide_the_others(
     def fail(**_: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no launch\nand more")
 
-    monkeypatch.setitem(selfcheck.SMALL, "embed", replace(selfcheck.SMALL["embed"], call=fail))
+    monkeypatch.setitem(SMALL, "embed", replace(SMALL["embed"], call=fail))
     assert main(["doctor", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "RuntimeError: no launch" in out
@@ -96,6 +98,48 @@ def test_what_is_missing_and_what_is_doubtful(monkeypatch: pytest.MonkeyPatch) -
     assert facts["ptxas"].startswith("12.8 for sm_90: can miscompile")
     monkeypatch.setattr(doctor, "ptxas_version", lambda architecture: "13.4")
     assert dict(doctor.facts(CPU))["ptxas"] == "13.4 for sm_90"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "version", "doubted"),
+    [
+        ("sm_100", "3.6.0", True),
+        ("sm_103", "3.6.0", True),
+        ("sm_100", "3.7.0", False),
+        ("sm_100", "3.10.0+git1", False),
+        ("sm_90", "3.6.0", False),
+        ("sm_120", "3.6.0", False),
+    ],
+)
+def test_a_triton_that_leaves_out_barriers_is_doubted(
+    architecture: str, version: str, doubted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name="a card", total_memory=2**37)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(_triton, "INTERPRETED", False)
+    monkeypatch.setattr(_triton.triton, "__version__", version)
+    monkeypatch.setattr(doctor, "hardware", lambda _: Hardware(architecture, 100))
+    fact = dict(doctor.facts(torch.device("cuda")))["triton"]
+    assert fact.startswith(version)
+    assert ("Triton issue 9871" in fact and "fixed in 3.7" in fact) == doubted
+
+
+def test_the_backward_in_one_pass_is_checked_where_there_is_a_row_for_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launched = []
+    original = attention._run
+    monkeypatch.setattr(attention, "_run", lambda *a: launched.append(a[0]) or original(*a))
+    row = OnePassTile(64, 32, 16, 1, 1, 100, 75, 48, "")  # 200 programs, which six heads do not fill
+    monkeypatch.setitem(ATTENTION_ONE_PASS, "interpreter", (row, TWO_PASSES))
+    monkeypatch.setenv("FUSEDGPT_BACKEND", "triton")
+    monkeypatch.setattr(selfcheck, "small", lambda *a: [e for e in small(*a) if e.operator == "attention"])
+    assert main(["doctor", "--device", "cpu"]) == 0
+    assert [kernel.__name__ for kernel in launched].count("one_pass_kernel") == 1
+    assert [kernel.__name__ for kernel in launched].count("key_kernel") == 1
+    out = capsys.readouterr().out
+    assert "\nattention, one pass   Triton" in out
+    assert "all 2 operators are right" in out
 
 
 def test_a_gpu_that_cannot_be_used_is_not_lost_silently(

@@ -323,5 +323,5 @@ def test_the_same_bits_twice_at_the_size_of_training() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", SMALL)
 def test_parity_at_full_size(operator: str, dtype: torch.dtype) -> None:
-    for example in full_size(full_rows(GPU)):
+    for example in full_size(full_rows(GPU), GPU, dtype):
         assert example.operator != operator or parity(example, GPU, dtype).ok, example.size
