@@ -4,6 +4,7 @@ Mistakes of the user end as one line `error: ...` and exit code 2. Nothing heavy
 """
 
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    if debug:
+        logging.basicConfig()
+        logging.getLogger(__package__.partition(".")[0]).setLevel(logging.DEBUG)
     try:
         code = None
         try:

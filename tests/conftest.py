@@ -15,25 +15,22 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 
 
-def _gpu_present() -> bool:
-    """Looked up without torch, whose import would come too early for the variables set here."""
-    devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
-    return bool(devices) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
-
-
 _links = tempfile.TemporaryDirectory(prefix="fusedgpt-tests-")  # lives as long as this process
 Path(_links.name, "fusedgpt").symlink_to(ROOT)
 sys.path[:] = [_links.name, *(entry for entry in sys.path if Path(entry).resolve() != ROOT)]
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [_links.name, os.environ.get("PYTHONPATH")]))
 os.environ["PYTHONSAFEPATH"] = "1"
 
-if not _gpu_present():
-    os.environ["TRITON_INTERPRET"] = "1"
 # Triton 3.10 changes this default: the same arithmetic on either side of it.
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 # The tests' tensors are small, and the bits must not depend on the core count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is a mistake: it shall fail at once
+
+import torch  # noqa: E402  # after the variables that it reads, before Triton, which it does not import
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 if (SHARED / "tokenizer").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tokenizer"))
@@ -42,7 +39,7 @@ if (SHARED / "tokenizer").is_dir():
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """One worker a core, or one in all where tests share a GPU's memory."""
-    return 1 if _gpu_present() else len(os.sched_getaffinity(0))
+    return 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ the run. Further blocks and sequences need no others.
 The results are discarded. No random numbers are drawn, so the run's random state does not change.
 """
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from itertools import repeat
 from threading import Thread
@@ -28,6 +28,7 @@ from ..model import GPT
 from ..optim import build_optimizers
 from .step import TrainStep
 
+LOG = logging.getLogger(__name__)
 Call = tuple[Callable[..., Any], tuple[Any, ...]]
 TOKENS = 2**15  # maximum per batch to compile with: memory for one block and the head
 
@@ -35,8 +36,8 @@ TOKENS = 2**15  # maximum per batch to compile with: memory for one block and th
 def precompile(config: RunConfig, device: torch.device) -> Thread:
     """Start to compile what a run needs for its first step; join the thread before that step.
 
-    It does nothing if the operators run in plain PyTorch, and suppresses errors: the step would raise them too, and
-    reports them.
+    It does nothing if the operators run in plain PyTorch. Errors are only logged, which `--debug` shows: the step would
+    raise them too.
 
     Args:
         config: the run's, with vocabulary, dtype and micro-batch settled.
@@ -50,8 +51,8 @@ def precompile(config: RunConfig, device: torch.device) -> Thread:
 def _precompile(config: RunConfig, device: torch.device) -> None:
     if device.type != "cuda":
         return
-    with torch.cuda.device(device), suppress(Exception):
-        _compile(config, device)
+    with torch.cuda.device(device):
+        _try("the step", _compile, config, device)
     torch.cuda.empty_cache()  # the step's own stream and graphs could not use what this stream has freed
     torch.cuda.reset_peak_memory_stats(device)
 
@@ -61,10 +62,17 @@ def _compile(config: RunConfig, device: torch.device) -> None:
     probe = torch.empty(0, dtype=DTYPES[config.train.dtype], device=device)
     if choose("attention", probe).backend == "torch":
         return
-    calls = operator_calls(config, device).values()
+    calls = operator_calls(config, device)
     with ThreadPoolExecutor(len(calls)) as pool:
-        for each in calls:
-            pool.submit(run, each)
+        for thread, each in calls.items():
+            pool.submit(_try, thread, run, each)
+
+
+def _try(what: str, work: Callable[..., None], *arguments: Any) -> None:
+    try:
+        work(*arguments)
+    except Exception:  # whatever a compiler, a driver or a launch may throw
+        LOG.debug("%s could not be compiled ahead", what, exc_info=True)
 
 
 def operator_calls(config: RunConfig, device: torch.device) -> dict[str, list[Call]]:

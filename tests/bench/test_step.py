@@ -4,10 +4,12 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import softplus
 
 from fusedgpt.bench.step import breakdown, implementations, sizes, step
 from fusedgpt.bench.step.implementations import Implementation, builders, fusedgpt, transformers_gpt2
@@ -107,12 +109,23 @@ def test_nanogpt_gets_our_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     inputs, targets = next(WORK.batches())
     (weights,) = {id(p): p for p in theirs.model.parameters() if p.shape == (32, 32)}.values()
     torch.testing.assert_close(weights, ours.h[0].attn.c_proj.weight)
-    assert theirs.step(inputs, targets).item() == pytest.approx(ours.wte.weight[0].sum().item())
+    assert theirs.step(inputs, targets).item() == pytest.approx(softplus(ours.wte.weight[0]).sum().item())
+
+
+def test_nanogpt_is_compiled(tmp_path: Path) -> None:
+    """By Inductor, and on the second build too: Dynamo imports the module of the clone by its name."""
+    (tmp_path / "model.py").write_text(NANOGPT)
+    losses = []
+    for compile in (False, True):
+        theirs = implementations.nanogpt(WORK, tmp_path, compile)
+        losses.append([theirs.step(*batch)[0].item() for batch in islice(WORK.batches(), 3)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # as much of nanoGPT's interface as is used: nn.Linear's orientation, its names, and (logits, loss)
 NANOGPT = """
 import torch
+from torch.nn import functional as F
 class GPTConfig:
     def __init__(self, **values): vars(self).update(values)
 class Names(torch.nn.Module): pass
@@ -123,7 +136,8 @@ class GPT(torch.nn.Module):
         self.transformer = torch.nn.ModuleDict({"wte": torch.nn.Embedding(config.vocab_size, c), "h": torch.nn.ModuleList([Names()])})
         self.transformer.h[0].attn = Names()
         self.transformer.h[0].attn.c_proj = torch.nn.Linear(c, c)
-    def forward(self, inputs, targets): return None, self.transformer.wte.weight[0].sum()
+    def forward(self, inputs, targets): return None, head(self.transformer.wte.weight[0])
+def head(row): return F.softplus(row).sum() * (1 if torch.is_grad_enabled() else 0)
 """
 
 

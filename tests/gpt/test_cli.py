@@ -353,6 +353,16 @@ def test_debug_shows_the_traceback_wherever_it_stands(where: int) -> None:
         main(argv)
 
 
+@pytest.mark.parametrize(("flags", "shown"), [([], ""), (["--debug"], "DEBUG:fusedgpt.some:seen\n")])
+def test_debug_shows_what_is_logged(flags: list[str], shown: str) -> None:
+    program = (
+        "import logging, sys; from fusedgpt.gpt.cli import main; main(sys.argv[1:]); "
+        "logging.getLogger('fusedgpt.some').debug('seen'); logging.getLogger('other').debug('not ours')"
+    )
+    command = [sys.executable, "-c", program, "--version", *flags]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stderr == shown
+
+
 @pytest.mark.parametrize(
     ("error", "code", "shown"),
     [

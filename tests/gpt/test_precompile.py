@@ -4,8 +4,9 @@ No kernel runs here: of a launch only the arguments count, and bfloat16 can be l
 """
 
 import inspect
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import repeat
 from typing import Any
@@ -152,6 +153,30 @@ def test_two_threads_never_compile_one_kernel(name: str, monkeypatch: pytest.Mon
         for kernel in {launch[0] for launch in launched}:
             assert found.setdefault(kernel, thread) == thread, kernel
     assert len(set(found.values())) >= 7, "side by side"
+
+
+def test_what_cannot_be_compiled_ahead_is_logged(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(calls: list[Any]) -> None:
+        if "attention" in str(calls[0][0]):
+            raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(precompile_module, "run", fail)
+    caplog.set_level("DEBUG", "fusedgpt")
+    with use_backend("triton"):
+        precompile_module._compile(RunConfig(SHAPE, SETTINGS), CPU)
+    assert caplog.messages
+    assert all(re.fullmatch(r"\w*attention\w* could not be compiled ahead", text) for text in caplog.messages)
+    assert "RuntimeError: no such instruction" in caplog.text
+
+    caplog.clear()
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: None)
+    monkeypatch.setattr(precompile_module, "_compile", lambda *_: 1 / 0)
+    precompile_module._precompile(RunConfig(SHAPE, SETTINGS), torch.device("cuda"))
+    assert caplog.messages == ["the step could not be compiled ahead"]
+    assert "ZeroDivisionError" in caplog.text
 
 
 def test_a_cpu_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
