@@ -86,6 +86,20 @@ def test_attention_is_compared_in_one_pass_where_there_is_a_row(monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
+    ("device", "dtype", "right"),
+    [("cuda", torch.float32, True), ("cpu", torch.float32, False), ("cuda", torch.bfloat16, False)],
+)
+def test_what_a_gpu_approximates_may_be_off_by_two_units_more(
+    device: str, dtype: torch.dtype, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = torch.ones(1, dtype=torch.float64)
+    computed = iter([(one + 2 * torch.finfo(dtype).eps).to(dtype), one.to(dtype), one])
+    monkeypatch.setattr(examples, "draw", lambda *_, **__: {})
+    monkeypatch.setattr(examples, "results", lambda *_, **__: [next(computed)])
+    assert parity(SMALL["dropout"], device, dtype).ok == right
+
+
+@pytest.mark.parametrize(
     ("part", "rows", "error", "code"),
     [
         ("parity", FINE, None, 0),

@@ -169,11 +169,14 @@ def test_nothing_is_left_to_compile_for_the_first_step(
         knobs.runtime, "jit_post_compile_hook", lambda **about: compiled.append(about["repr"]), raising=False
     )
     shape, settings = replace(SHAPE, n_embd=192), replace(SETTINGS, **changes)  # a width of this test alone
+    # 32 MiB for each thread that has called cuBLAS, before and after
+    torch._C._cuda_clearCublasWorkspaces()
     state, memory = torch.cuda.get_rng_state(GPU), torch.cuda.memory_allocated(GPU)
     precompile(RunConfig(shape, settings), GPU).join()
+    torch._C._cuda_clearCublasWorkspaces()
     assert len(compiled) >= 12, "and some that depend on no width, if no test before had them"
     assert torch.equal(torch.cuda.get_rng_state(GPU), state)
-    assert torch.cuda.memory_allocated(GPU) <= memory + 2**26, "cuBLAS's workspace at most"
+    assert torch.cuda.memory_allocated(GPU) <= memory + 2**20, "nothing is kept"
     ahead = len(compiled)
     step = make(settings, shape)
     mean_loss(step.model, [next(batches()), next(batches((1, 30)))], step.dtype)
