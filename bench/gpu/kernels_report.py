@@ -27,6 +27,8 @@ from ...kernels.examples import Example, compiled, draw, gelu_mlp, results
 from ...kernels.selfcheck import ptxas_version
 from ..tiles.candidates import TABLES, in_table
 from .launches import ARCHITECTURES, Launch, caught, kernels, rows
+from .pipelines import copies
+from .wgmma_hazards import hazards
 
 DTYPES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -45,6 +47,10 @@ class Row(NamedTuple):
     special: int  # instructions of the special-function unit: exp2, tanh, reciprocal, square root
     resident: int  # programs that a multiprocessor's registers and shared memory have room for at once
     programs: int  # persistent programs that the table asks for; 0: not persistent
+    stages: int  # that the table asks for; 0 on AMD, where a stage is registers
+    pipelined: int  # copies that a loop issues for a later iteration, see `pipelines.py`
+    exposed: int  # of these, copies that are awaited with no work since their issue
+    hazard: str  # an overwritten register of a wgmma in flight, see `wgmma_hazards.py`
     warnings: str
 
 
@@ -57,6 +63,12 @@ def faults(row: Row) -> list[str]:
         found.append("matrix instructions are serialized")
     if row.shared > (limit := ARCHITECTURES[row.architecture][3]):
         found.append(f"takes {row.shared} bytes of shared memory of {limit}")
+    if row.stages > 1 and not row.pipelined:
+        found.append(f"asks for {row.stages} stages, and no loop is pipelined")
+    if row.exposed:
+        found.append(f"waits at once for {row.exposed} of {row.pipelined} copies of its pipelined loops")
+    if row.hazard:
+        found.append(row.hazard)
     if row.programs > row.resident:
         found.append(f"{row.programs} persistent programs where {row.resident} are resident")
     return found
@@ -116,6 +128,7 @@ def measure(name: str, architecture: str, launch: Launch) -> Row:
         shared=binary.metadata.shared,
         resident=min(warps // per_program, (most + reserved) // max(binary.metadata.shared + reserved, 1)),
         programs=launch.row.tile.programs if launch.row else 0,
+        stages=launch.row.tile.stages if launch.row and backend == "cuda" else 0,
         per_element=round(measured["instructions"] / elements, 1),
         **measured,
     )
@@ -132,6 +145,7 @@ def _nvidia(asm: dict[str, Any], arch: int) -> dict[str, Any]:
         target = f"--gpu-name={sm_arch_from_capability(arch)}"
         log = _run(get_ptxas(arch).path, "-v", target, ptx, "-o", "/dev/null").stderr
         sass = _run(knobs.nvidia.cuobjdump.path, "-sass", cubin).stdout
+    pipelined, exposed = copies(asm["ttgir"])
     opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+ +)?(?!NOP)([A-Z][A-Z0-9_.]*)", sass)
     return {
         "registers": _number(r"Used (\d+) registers", log),
@@ -140,6 +154,9 @@ def _nvidia(asm: dict[str, Any], arch: int) -> dict[str, Any]:
         "instructions": len(opcodes),
         "matrix": sum(op.startswith(("HMMA", "HGMMA", "IMMA", "UTCHMMA", "UTCQMMA")) for op in opcodes),
         "special": sum(op.startswith("MUFU") for op in opcodes),
+        "pipelined": pipelined,
+        "exposed": exposed,
+        "hazard": next(iter(hazards(sass)), ""),
         "warnings": " ".join(
             line.strip() for line in log.splitlines() if "warning" in line.lower() or "serialized" in line
         ),
@@ -161,6 +178,9 @@ def _amd(asm: str) -> dict[str, Any]:
         "instructions": len(opcodes),
         "matrix": sum(op.startswith("v_mfma") for op in opcodes),
         "special": sum(op.startswith(special) for op in opcodes),
+        "pipelined": 0,
+        "exposed": 0,
+        "hazard": "",
         "warnings": "",
     }
 
@@ -240,9 +260,12 @@ def print_table(rows: list[Row]) -> None:
         "special",
         "resident",
         "programs",
+        "stages",
+        "copies",
+        "exposed",
         "",
     )
-    lines = [(row.architecture, row.case, *row[3:]) for row in rows]
+    lines = [(row.architecture, row.case, *row[3:-2], row.hazard or row.warnings) for row in rows]
     widths = [max(len(str(line[i])) for line in [heads, *lines]) for i in range(len(heads))]
     for line in [heads, *lines]:
         left = [str(cell).ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)]

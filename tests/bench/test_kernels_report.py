@@ -61,11 +61,15 @@ def test_every_row_of_every_table_and_every_kernel_is_launched_by_an_example() -
 
 
 def test_what_counts_as_a_fault() -> None:
-    clean = Row("a case", "a_kernel", "gfx942", 100, 0, 0, 65_536, 500, 10.0, 0, 0, 4, 4, "")
+    clean = Row("a case", "a_kernel", "gfx942", 100, 0, 0, 65_536, 500, 10.0, 0, 0, 4, 4, 2, 3, 0, "", "")
     assert faults(clean) == []
     assert faults(clean._replace(spilled=4)) == ["spills 4 bytes"]
     assert faults(clean._replace(shared=65_537)) == ["takes 65537 bytes of shared memory of 65536"]
     assert faults(clean._replace(programs=5)) == ["5 persistent programs where 4 are resident"]
+    assert faults(clean._replace(exposed=2)) == ["waits at once for 2 of 3 copies of its pipelined loops"]
+    assert faults(clean._replace(pipelined=0)) == ["asks for 2 stages, and no loop is pipelined"]
+    assert faults(clean._replace(pipelined=0, stages=1)) == []
+    assert faults(clean._replace(hazard="MOV overwrites R1")) == ["MOV overwrites R1"]
     assert faults(clean._replace(warnings="wgmma.mma_async instructions are serialized")) == [
         "matrix instructions are serialized"
     ]
