@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
+from triton.runtime import JITFunction
 
 from .global_memory import GlobalMemory, Region
 from .machine import Finding, Machine
@@ -115,16 +116,36 @@ def emulate(
     # apart from the binaries of a GPU: an entry of this cache has no cubin
     cache = Path(triton.knobs.cache.dir) / "emulator"
     cache_before = triton.knobs.cache.dir
+    emulated = _Driver(emulation)
     with (
+        _forgotten(emulated.device),
         mock.patch.object(CUDABackend, "__init__", _stop_at_ptx(CUDABackend.__init__)),
         mock.patch.object(CUDABackend, "add_stages", _without_cubin(CUDABackend.add_stages)),
-        mock.patch.object(driver, "_active", _Driver(emulation)),
+        mock.patch.object(driver, "_active", emulated),
     ):
         triton.knobs.cache.dir = str(cache)
         try:
             yield emulation
         finally:
             triton.knobs.cache.dir = cache_before
+
+
+@contextmanager
+def _forgotten(device: str) -> Iterator[None]:
+    """At the end, take what kernels keep for a device out of them: nothing else ends an emulation's memory."""
+    run, used = JITFunction.run, {}
+
+    @functools.wraps(run)
+    def noted(self: JITFunction, *args: Any, **options: Any) -> Any:
+        used[id(self)] = self
+        return run(self, *args, **options)
+
+    try:
+        with mock.patch.object(JITFunction, "run", noted):
+            yield
+    finally:
+        for kernel in used.values():
+            kernel.device_caches.pop(device, None)
 
 
 def _stop_at_ptx(initialise: Callable) -> Callable:
