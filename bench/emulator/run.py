@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -129,7 +129,7 @@ def _outcomes(todo: list[Job], title: str, folder: Path | None = None) -> list[O
         return [outcome for some in progress(pool, todo, title) for outcome in some]
 
 
-def progress(pool: ProcessPoolExecutor, todo: Sequence[Callable[[], Any]], title: str) -> Iterator[Any]:
+def progress(pool: ProcessPoolExecutor, todo: Sequence[Any], title: str) -> Iterator[Any]:
     """The results as they come, and how far it is: every tenth of a second on a terminal, every half minute elsewhere."""
     began = shown = time.perf_counter()
     for done, future in enumerate(as_completed([pool.submit(job) for job in todo]), 1):

@@ -184,9 +184,10 @@ def _training_steps(computed: torch.dtype, _: torch.dtype) -> list[Tensor]:
     learning rate, in the direction of the sign of what may be rounding. Roundings cancel in loss and norm, by luck more
     in one implementation than in the other: they are compared in the activations' dtype.
     """
-    dtype = torch.float32 if computed == torch.float64 else computed
-    shape = ModelConfig(300, 96, n_layer=2, n_head=2, n_embd=128, **dict.fromkeys(DROPOUTS, 0.1))
-    settings = TrainConfig(dtype=str(dtype)[6:], warmup_steps=0, lr=1e-4)
+    dtype: Any = str(torch.float32 if computed == torch.float64 else computed)[6:]
+    rates: dict[str, Any] = dict.fromkeys(DROPOUTS, 0.1)
+    shape = ModelConfig(300, 96, n_layer=2, n_head=2, n_embd=128, **rates)
+    settings = TrainConfig(dtype=dtype, warmup_steps=0, lr=1e-4)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model, ids = GPT(shape), torch.randint(300, (2, 97))
