@@ -77,7 +77,7 @@ def _parity_jobs() -> Iterator[tuple[Row, list[str]]]:
 
 
 def _test_jobs(number: int, until: float) -> Iterator[tuple[Row, list[str]]]:
-    """The tests in so many groups, but those that fill the GPU's memory."""
+    """The tests in so many groups, without those that fill the GPU's memory."""
     names = [name for name in _collected(until) if "2to31" not in name.lower().replace("_", "")]
     for group in (names[i::number] for i in range(number)):
         if group:
@@ -164,13 +164,13 @@ def sanitize(options: Options) -> Iterator[Row]:
         verdict = {"left out": "the time was over"} if printed is None else sanitizer_verdict(printed)
         return {"check": check, **verdict}
 
-    with ThreadPoolExecutor(2) as pool:  # side by side: each spends most of its time on the host
-        # PyTorch asks the driver for what it may not have, and goes on: no errors of ours
+    with ThreadPoolExecutor(2) as pool:  # side by side: one after the other takes longer than there is time
+        # PyTorch and Triton probe the driver with calls that may fail; those are no errors
         memory = pool.submit(run, "memcheck", "--report-api-errors", "no")
         races = pool.submit(run, "racecheck", "--racecheck-detect-level", "error")
         yield memory.result()
         row = races.result()
-        row.pop("ok", None)  # it knows no asynchronous copies of Hopper's, so it informs
+        row.pop("ok", None)  # it informs, and memcheck judges
         yield row
 
 
@@ -193,8 +193,10 @@ def _deadline(options: Options) -> float:
 
 
 def _output(command: list[str], seconds: float, **variables: str) -> str | None:
-    """What a command printed; None where it was interrupted after so many seconds, as by Ctrl-C: pytest then still writes
-    its report."""
+    """What a command printed; None where it took longer than so many seconds.
+
+    It is then interrupted, as by Ctrl-C, so that pytest still writes its report.
+    """
     if seconds <= 0:
         return None
     shared = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
