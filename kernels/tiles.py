@@ -171,14 +171,17 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 # Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
 #     forward 193 · 225 | 194 · 227    dq 122 · 155 | 122 · 138    dk, dv 192 · 253 | 192 · 218
 # By pointer sm_90's dk, dv spilled there under 3.6, 12 bytes at 64 and 32 at 128, when delta was loaded earlier: what no
-# descriptor can hold uses the rows of "any".
+# descriptor can hold uses the sizes of "any".
 # "any" on sm_80 with first_key: 8 bytes in dk, dv at 64, under 3.6 alone; 8 warps do not spill, but leave one program.
 # sm_100 forward at 128: 64 keys a tile spill 28 bytes under 3.6; 128 keys take 225 of 227 KiB.
 # Architectures that load by tensor descriptor, and the rows for what no descriptor can hold:
-DESCRIPTORS = {"sm_90": "any", "sm_100": "sm_100 by pointer"}
+# Triton 3.6 puts no fence.proxy.async between cp.async and the wgmma that reads its data; one stage loads through registers,
+# with the fence.
+DESCRIPTORS = {"sm_90": "sm_90 by pointer", "sm_100": "sm_100 by pointer"}
 ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 32, 128, 8, 3, 0, _OFFLINE)),
     "sm_90": (Tile(64, 64, 128, 4, 3, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
+    "sm_90 by pointer": (Tile(64, 64, 128, 8, 1, 0, _OFFLINE), Tile(128, 32, 128, 8, 1, 0, _OFFLINE)),
     "sm_100": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 128, 128, 8, 3, 0, _OFFLINE)),
     "sm_100 by pointer": (Tile(128, 64, 128, 8, 3, 0, _OFFLINE),),
     "gfx942": (
@@ -192,6 +195,7 @@ ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
 ATTENTION_QUERY: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 32, 64, 4, 3, 0, _OFFLINE)),
     "sm_90": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
+    "sm_90 by pointer": (Tile(64, 64, 128, 8, 1, 0, _OFFLINE), Tile(128, 32, 64, 4, 1, 0, _OFFLINE)),
     "sm_100": (Tile(128, 64, 128, 8, 3, 0, _OFFLINE),),
     "gfx942": (Tile(128, 32, 64, 4, 2, 0, _OFFLINE),),
     "float32": (Tile(64, 32, 32, 8, 1, 0, _OFFLINE),),
@@ -200,6 +204,7 @@ ATTENTION_QUERY: dict[str, tuple[Tile, ...]] = {
 ATTENTION_KEY: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 64, 32, 4, 4, 0, _OFFLINE), Tile(128, 64, 32, 8, 3, 0, _OFFLINE)),
     "sm_90": (Tile(64, 128, 64, 8, 3, 0, _OFFLINE), Tile(128, 128, 32, 8, 3, 0, _OFFLINE)),
+    "sm_90 by pointer": (Tile(64, 64, 32, 4, 1, 0, _OFFLINE), Tile(128, 64, 32, 8, 1, 0, _OFFLINE)),
     "sm_100": (Tile(128, 128, 64, 8, 3, 0, _OFFLINE),),
     "sm_100 by pointer": (Tile(64, 64, 64, 8, 3, 0, _OFFLINE), Tile(128, 64, 32, 8, 3, 0, _OFFLINE)),
     "gfx942": (Tile(64, 64, 16, 4, 2, 0, _OFFLINE), Tile(128, 64, 16, 8, 2, 0, _OFFLINE)),
