@@ -192,13 +192,19 @@ def test_known_compares_nothing(compared: list[str]) -> None:
 
 
 def test_other_kernels_or_another_version_are_compared_anew(
-    compared: list[str], monkeypatch: pytest.MonkeyPatch
+    compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     verify(CONFIG, CPU)
     count = len(compared)
     monkeypatch.setattr("fusedgpt.gpt.verdicts.__version__", "next")
     verify(CONFIG, CPU)
     assert len(compared) == 2 * count
+    changed = tmp_path / "kernels"
+    changed.mkdir()
+    (changed / "linear.py").write_text("another kernel")
+    monkeypatch.setattr(kernels, "__file__", str(changed / "__init__.py"))
+    verify(CONFIG, CPU)
+    assert len(compared) == 3 * count
 
 
 def test_a_damaged_file_is_no_verdict(compared: list[str], cache: Path) -> None:
@@ -322,7 +328,20 @@ def test_the_largest_micro_batch_is_sought_with_verified_kernels(
     assert seen == [["layer_norm"]]
 
 
-def test_what_is_known_to_be_wrong_is_not_compiled_ahead(run_config: RunConfig) -> None:
-    with broken("attention", off):
-        verify(CONFIG, CPU)
-    assert not {"packed_attention", "attention"} & precompile.operator_calls(CONFIG, CPU).keys()
+def test_what_is_known_to_be_wrong_is_not_compiled_ahead(
+    run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ahead: list[set[str]] = []
+    original = loop.precompile
+
+    def noted(config: RunConfig, device: torch.device) -> Any:
+        ahead.append({*precompile.operator_calls(config, device)})
+        return original(config, device)
+
+    monkeypatch.setattr(loop, "precompile", noted)
+    for run in ("first", "second"):
+        with broken("attention", off):
+            train(with_train(run_config, steps=1), tmp_path / run)
+    first, second = ahead
+    assert first - second == {"packed_attention", "packed_attention_backward"}
+    assert not second - first

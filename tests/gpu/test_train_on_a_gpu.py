@@ -26,7 +26,11 @@ from fusedgpt.gpt.train.interruption import TrainingError
 from fusedgpt.gpt.train.memory import largest_micro_batch
 from fusedgpt.gpt.train.precompile import precompile
 from fusedgpt.gpt.train.step import TrainStep
+from fusedgpt.gpt.train.verify import verify
+from fusedgpt.gpt.verdicts import read_verdicts
+from fusedgpt.kernels import use_backend
 from fusedgpt.kernels._triton import INTERPRETED
+from fusedgpt.kernels.backend import replaced
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or INTERPRETED, reason="needs a GPU that Triton compiles for"
@@ -98,6 +102,45 @@ def test_a_captured_step_has_the_losses_of_the_uncaptured(changes: dict) -> None
     assert equal(ours, theirs)
     assert torch.equal(captured.seed, plain.seed)
     assert captured.step == plain.step == 20
+
+
+def test_a_graph_with_other_losses_is_not_used(capfd: pytest.CaptureFixture[str]) -> None:
+    class Counting(TrainStep):
+        """Its loss takes a number from the host, which a capture keeps for ever."""
+
+        calls = 0
+
+        def micro_step(self, inputs: Tensor, targets: Tensor) -> None:
+            super().micro_step(inputs, targets)
+            self.calls += 1
+            self.loss += 10.0 * self.calls
+
+    torch.manual_seed(0)
+    with torch.device(GPU):
+        model = GPT(SHAPE)
+    step = Counting(model, build_optimizers(model, SETTINGS), batches(), SETTINGS)
+    ours, plain = run(step, 4), run(make(replace(SETTINGS, cuda_graph="off")), 4)
+    assert step.graphs["micro_step"].failed
+    assert len(step.graphs["update"].graphs) == 1
+    assert equal(ours[1:], plain[1:]), "the comparison changes no bit of the weights"
+    assert "the CUDA graph of forward and backward is wrong here" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_runs_kernels_are_right_here(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path))
+    settings = replace(
+        SETTINGS, dtype=dtype, micro_batch="auto"
+    )  # attention's backward in one pass and in two
+    memory = torch.cuda.memory_allocated(GPU)
+    with use_backend("auto"):
+        verify(RunConfig(SHAPE, settings), GPU)
+        assert replaced() == {}
+    assert capfd.readouterr().err == ""
+    assert {*read_verdicts(GPU).values()} == {""}
+    assert torch.cuda.memory_allocated(GPU) <= memory + 2**26, "cuBLAS's workspace at most"
 
 
 def test_each_replay_draws_new_masks_and_repeats_nothing_else() -> None:
