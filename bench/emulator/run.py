@@ -70,7 +70,7 @@ def processes(count: int, folder: Path | None = None) -> Iterator[ProcessPoolExe
     ):
         os.environ.pop("TRITON_INTERPRET", None)
         pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-        pool.submit(os.getpid).result()  # all start with the first task, and take the environment of now
+        list(pool.map(abs, range(count)))  # each finds no idle process, so that all start in this environment
     with pool:
         yield pool
 
