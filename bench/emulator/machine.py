@@ -91,6 +91,7 @@ class Machine:
             ins.index: self.built(self.scheduler.compile, ins) for ins in module.code if ins.control
         }
         self.covered: set[int] = set()  # starts of the blocks that ran
+        self.taken: set[int] = set()  # guarded instructions that some thread took
         self.missing_fences = [
             Finding(f"wgmma fence: {self.where(module.code[i])}", what, 1)
             for i, what in missing_fences(module).items()
@@ -191,6 +192,8 @@ class Machine:
             if mask is not True:
                 chosen = chosen & mask
             count = np.count_nonzero(chosen)
+            if count:
+                self.taken.add(ins.index)
             if count == n:
                 operation(True)
             elif count:
@@ -228,7 +231,7 @@ class Machine:
         self.registers["p"][:] = False
         for part in (self.shared, self.copies, self.bulk, self.barriers, self.multiplications):
             part.start()
-        self.covered = set()
+        self.covered, self.taken = set(), set()
         with np.errstate(all="ignore"):
             self.scheduler.run()
             for unit in (self.copies, self.bulk, self.barriers, self.multiplications):
@@ -258,7 +261,9 @@ class Machine:
     def covered_lines(self) -> set[int]:
         """The PTX lines of what ran since the last `run`."""
         blocks = [self.blocks[start] for start in self.covered]
-        lines = {ins.line for block in blocks for ins, _ in block.steps}
+        taken = self.taken
+        steps = (ins for block in blocks for ins, _ in block.steps)
+        lines = {ins.line for ins in steps if ins.pred is None or ins.index in taken}
         return lines | {block.control.line for block in blocks if block.control is not None}
 
     def barrier_passed(self, ctas: Any) -> None:

@@ -101,6 +101,10 @@ class Survey(NamedTuple):
 
     def __call__(self) -> tuple[str, str, dict[tuple[str, str], set[int]]]:
         _, emulation = suite.computed(suite.checks()[self.check], self.architecture, BF16, timing="late")
+        if emulation.findings:
+            raise RuntimeError(
+                f"{self.check} on {self.architecture} has findings as it is: run it without mutations"
+            )
         return self.check, self.architecture, emulation.covered
 
 

@@ -70,7 +70,7 @@ def processes(count: int, folder: Path | None = None) -> Iterator[ProcessPoolExe
     ):
         os.environ.pop("TRITON_INTERPRET", None)
         pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
-        pool.submit(os.getpid).result()  # all start with the first task, and take the environment of now
+        list(pool.map(abs, range(count)))  # each finds no idle process, so that all start in this environment
     with pool:
         yield pool
 
@@ -93,8 +93,8 @@ def run_emulate(architectures: Sequence[str], modes: Sequence[str], word: str, m
         if skipped := install():
             print(skipped, flush=True)
         else:
-            old = jobs([a for a in architectures if a not in SMALL_MEMORY], modes, word, once=True)
-            outcomes[OLD_TRITON] = _outcomes(old, f"Triton {OLD_TRITON}", FOLDER)
+            todo = jobs([a for a in architectures if a not in SMALL_MEMORY], modes, word, seeds=1)
+            outcomes[OLD_TRITON] = _outcomes(todo, f"Triton {OLD_TRITON}", FOLDER)
     failed = [str(outcome) for some in outcomes.values() for outcome in some if not outcome.ok]
     print("\n".join([heading(COLUMNS), *(line(COLUMNS, row) for row in rows(outcomes))]))
     print(skipped or "", *failed, sep="\n")
@@ -103,18 +103,26 @@ def run_emulate(architectures: Sequence[str], modes: Sequence[str], word: str, m
     return 1 if failed or not every else 0
 
 
-def jobs(architectures: Iterable[str], modes: Sequence[str], word: str = "", once: bool = False) -> list[Job]:
-    """What is to do, the longest first. once: with one order of the warps, and not in float32."""
+def jobs(architectures: Iterable[str], modes: Sequence[str], word: str = "", seeds: int = SEEDS) -> list[Job]:
+    """What is to do, the longest first.
+
+    A random order takes ten times as long as the others: it is for the first dtype of a check, with so many seeds where
+    the tests do the check too, and with one elsewhere; with one seed only there.
+    """
     found = []
     for architecture, check in itertools.product(architectures, suite.checks().values()):
         if word not in check.name or not _applies(check, architecture):
             continue
         small = architecture in SMALL_MEMORY
-        wanted = [mode for mode in modes if mode == "early" or not small]
-        dtypes = check.dtypes[:1] if small else [d for d in check.dtypes if d != torch.float32 or not once]
-        seeds = {mode: range(SEEDS) if mode == "random" and not once else (0,) for mode in wanted}
-        turns = tuple((mode, seed) for mode in wanted for seed in seeds[mode])
-        found += [Job(check.name, architecture, dtype, turns) for dtype in dtypes if turns]
+        for dtype in check.dtypes[: 1 if small else None]:
+            count = dict.fromkeys(modes, 1)
+            if "random" in count:
+                first = dtype == check.dtypes[0] and not small
+                count["random"] = first * (seeds if check.tested else int(seeds > 1))
+            if small:
+                count = {mode: 1 for mode in count if mode == "early"}
+            turns = tuple((mode, seed) for mode in count for seed in range(count[mode]))
+            found += [Job(check.name, architecture, dtype, turns)] if turns else []
     weight = {"GPT": 3, "attention": 2, "gelu_mlp": 2}
     return sorted(found, key=lambda job: -weight.get(suite.checks()[job.check].operator, 1))
 

@@ -57,6 +57,11 @@ ONE = "ld.global.b32 %r2, [%rd3]; {}; st.global.b32 [%rd3], %r3"
         ("shr.u32 %r3, %r2, 31", 0x80000000, 1),
         ("shr.s32 %r3, %r2, 40", 0x80000000, 0xFFFFFFFF),
         ("shl.b32 %r3, %r2, 32", 5, 0),
+        # 2 as bfloat16 and 1 as float32; two numbers of 1.5 in a register
+        ("cvt.u16.u32 %rs1, %r2; sub.rn.f32.bf16 %r3, %rs1, 0f3F800000", 0x4000, 0x3F800000),
+        ("cvt.u16.u32 %rs1, %r2; fma.rn.f32.bf16 %r3, %rs1, %rs1, 0f3F800000", 0x4000, 0x40A00000),
+        ("mov.b64 %rd4, {%r2, %r2}; add.rn.f32x2 %rd5, %rd4, %rd4; mov.b64 {%r4, %r3}, %rd5", 0x3FC00000, 0x40400000),
+        ("mov.b64 %rd4, {%r2, %r2}; fma.rn.f32x2 %rd5, %rd4, %rd4, %rd4; mov.b64 {%r4, %r3}, %rd5", 0x3FC00000, 0x40700000),
         ("bfe.u32 %r3, %r2, 4, 8", 0x12345, 0x34),
         ("bfe.s32 %r3, %r2, 4, 8", 0xF80, 0xFFFFFFF8),
         ("bfi.b32 %r3, 0xff, %r2, 8, 4", 0, 0xF00),

@@ -88,11 +88,30 @@ def half(machine: "Machine", ins: Instruction, function: Callable) -> "Operation
     return lambda mask: put(target, one(0), mask)
 
 
+def pair(machine: "Machine", ins: Instruction, function: Callable) -> "Operation":
+    """Arithmetic of two float32 in a 64-bit register, which sm_100 and later have."""
+    target, *sources = operands(machine, ins, U64)
+    values = [source.view(F32) for source in sources]  # of the registers themselves: 2 n of them
+    return lambda mask: put(target, function(*values).astype(F32).view(U64), mask)
+
+
+def mixed(machine: "Machine", ins: Instruction, function: Callable) -> "Operation":
+    """Arithmetic in float32 of which all operands but the last are 16-bit floats. (PTX ISA, 9.7.5 mixed precision)"""
+    target, last = machine.target(ins.args[0], F32), machine.source(ins.args[-1], F32)
+    narrow = [machine.source(operand, U16) for operand in ins.args[1:-1]]
+    read, _ = HALVES[ins.type]
+    return lambda mask: put(target, function(*map(read, narrow), last), mask)
+
+
 def arithmetic(machine: "Machine", ins: Instruction, function: Any) -> "Operation":
+    if ins.parts[1:-1] == ["rn", "f32"] and is_half(ins):
+        return mixed(machine, ins, function)
     if is_half(ins):
         return half(machine, ins, function)
     if ROUNDINGS & {*ins.parts}:
         raise Unsupported(f"the rounding of {ins.op}")
+    if ins.type == "f32x2" and "ftz" not in ins.parts:
+        return pair(machine, ins, function)
     return elementwise(machine, ins, flushed(function) if "ftz" in ins.parts else function)
 
 
@@ -108,7 +127,7 @@ def sub(machine: "Machine", ins: Instruction) -> "Operation":
 
 @opcode("mul")
 def mul(machine: "Machine", ins: Instruction) -> "Operation":
-    how, dtype = ins.parts[1], None if is_half(ins) else type_of(ins)
+    how, dtype = ins.parts[1], None if is_half(ins) or ins.type == "f32x2" else type_of(ins)
     if how == "wide":
         wide = wider(dtype)
         target = machine.target(ins.args[0], wide)
@@ -151,8 +170,12 @@ def mad(machine: "Machine", ins: Instruction) -> "Operation":
 @opcode("fma")
 def fma(machine: "Machine", ins: Instruction) -> "Operation":
     """In float64 and rounded: the product is exact there, and the sum is rounded twice only in rare ties."""
+    if ins.parts[1:-1] == ["rn", "f32"] and is_half(ins):
+        return mixed(machine, ins, lambda a, b, c: a.astype(F64) * b + c)
     if is_half(ins):
         return half(machine, ins, lambda a, b, c: a * b + c)
+    if ins.type == "f32x2" and ins.parts[1:] == ["rn", "f32x2"]:
+        return pair(machine, ins, lambda a, b, c: a.astype(F64) * b + c)
     if ins.type != "f32" or "rn" not in ins.parts or "sat" in ins.parts:
         raise Unsupported(ins.op)
     target, a, b, c = operands(machine, ins, F32)
