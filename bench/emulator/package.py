@@ -7,11 +7,11 @@ from typing import Any
 from ...kernels import use_backend
 from ...kernels.tiles import Hardware
 from ..gpu.launches import kernels_on_cpu_tensors
-from . import emulate
+from . import Emulation, emulate
 
 
 @contextmanager
-def emulated(architecture: str, multiprocessors: int = 2, **options: Any) -> Iterator[Any]:
+def emulated(architecture: str, multiprocessors: int = 2, **options: Any) -> Iterator[Emulation]:
     """Within it `fusedgpt.kernels` runs what Triton compiles for an architecture; float64 takes the reference.
 
     Args:

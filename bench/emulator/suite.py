@@ -24,7 +24,7 @@ from ...gpt.train.step import TrainStep
 from ...kernels import examples, tiles, use_backend
 from ...kernels.examples import Example, Parity
 from ..tiles import candidates
-from . import EmulatorError
+from . import Emulation
 from .package import emulated
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -92,13 +92,15 @@ def run(name: str, architecture: str, dtype: torch.dtype, mode: str, seed: int =
         ours, emulation = computed(check, architecture, dtype, seed=seed, **MODES[mode])
         parity, findings = judged(check, dtype, ours), emulation.findings
         error = wrong_path(check, architecture, emulation)
-    except (EmulatorError, RuntimeError) as failure:
+    except Exception as failure:  # whatever a compiler or a launch throws; the other checks still run
         error = f"{type(failure).__name__}: {failure}"
     seconds = time.perf_counter() - start
     return Outcome(name, check.operator, architecture, mode, str(dtype)[6:], parity, findings, error, seconds)
 
 
-def computed(check: Check, architecture: str, dtype: torch.dtype, **options: Any) -> tuple[list[Tensor], Any]:
+def computed(
+    check: Check, architecture: str, dtype: torch.dtype, **options: Any
+) -> tuple[list[Tensor], Emulation]:
     """What the emulator computes, and the emulation. options: of `emulate`."""
     with ExitStack() as stack:
         if check.own_matmul is not None:
@@ -115,7 +117,7 @@ def judged(check: Check, dtype: torch.dtype, ours: list[Tensor]) -> Parity:
     return examples.worst(map(examples.compare, ours, torchs, exact))
 
 
-def wrong_path(check: Check, architecture: str, emulation: Any) -> str:
+def wrong_path(check: Check, architecture: str, emulation: Emulation) -> str:
     """What did not run as the check wants it; "" where all did."""
     ran = {name for name, *_ in emulation.launches}
     if missing := [name for name in check.kernels if name not in ran]:
