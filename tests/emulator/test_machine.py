@@ -6,6 +6,7 @@ import pytest
 from fusedgpt.bench.emulator import EmulatorError
 from fusedgpt.bench.emulator.global_memory import GlobalMemory, Region
 from fusedgpt.bench.emulator.instructions.table import known_opcodes
+from fusedgpt.bench.emulator.instructions.wgmma import missing_fences
 from fusedgpt.bench.emulator.machine import Machine
 from fusedgpt.bench.emulator.ptx import parse
 
@@ -159,6 +160,30 @@ def test_programs_that_race_for_an_address() -> None:
 def test_what_stops_a_kernel_says_where_and_why(body: str, says: str) -> None:
     with pytest.raises(EmulatorError, match=says):
         run(body, np.zeros(32, np.uint32))
+
+
+@pytest.mark.parametrize(
+    ("body", "problems"),
+    [
+        ("mov.b32 %r10, 0; wgmma.fence.sync.aligned; {}", []),
+        ("wgmma.fence.sync.aligned; add.s32 %r30, %r1, 1; {}", []),
+        ("{}", ["writes a register of this wgmma and no wgmma.fence follows"]),
+        ("wgmma.fence.sync.aligned; cvt.rn.bf16x2.f32 %r12, %r1, %r1; {}", ["writes a register"]),
+        ("wgmma.fence.sync.aligned; mov.b32 %r20, 0; {}", ["writes a register"]),
+        ("wgmma.fence.sync.aligned; {} {}", []),  # accumulating on needs none
+    ],
+)
+def test_a_register_of_wgmma_is_written_before_its_fence(body: str, problems: list[str]) -> None:
+    wgmma = (
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 "
+        "{%r20, %r21, %r22, %r23}, {%r10, %r11, %r12, %r13}, %rd4, %p1, 1, 1, 0;"
+    )
+    # written long before: where the body has a fence, that is enough
+    start = "mov.b32 %r10, 0; mov.b32 %r20, 0; "
+    code = PROGRAM.format(body=start + body.replace("{}", wgmma), threads=128)
+    found = list(missing_fences(parse(code)).values())
+    assert len(found) == len(problems)
+    assert all(part in text for text, part in zip(found, problems, strict=True))
 
 
 def test_the_opcodes_that_are_known() -> None:
