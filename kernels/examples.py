@@ -243,9 +243,9 @@ def add_layer_norm(
 ) -> Example:
     """wide: with a float32 residual stream. last: nobody reads the new stream, as behind the last block."""
 
-    def call(residual: Tensor, **rest: Any) -> Outputs:
+    def call(residual: Tensor, stream: int = 2, **rest: Any) -> Outputs:
         residual = _widened(residual) if wide else residual
-        y, total = kernels.add_layer_norm(residual=residual, dropout_p=p, stream=2, **rest)
+        y, total = kernels.add_layer_norm(residual=residual, dropout_p=p, stream=stream, **rest)
         return y if last else (y, total)
 
     matrices = dict.fromkeys(("x", "residual"), (rows, columns))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fusedgpt.kernels import linear_cross_entropy, use_backend
-from fusedgpt.kernels.backend import _triton
+from fusedgpt.kernels.backend import _triton, requested
 
 REDUCTIONS = ["mean", "sum", "none"]
 DEVICES = {"torch": "cpu", "triton": "cpu" if _triton.INTERPRETED else "cuda"}
@@ -138,6 +138,8 @@ def test_z_loss_of_the_rows_that_count(head: tuple[Tensor, Tensor, Tensor], redu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_loss_is_float32_over_low_precision_activations(dtype: torch.dtype) -> None:
     """A sum of 60 losses of ln 5 would be off by hundredths of a nat in the activations' dtype."""
+    if dtype == torch.bfloat16 and requested() == "triton" and _triton.INTERPRETED:
+        pytest.skip("Triton's interpreter is refused in bfloat16")
     x, weight = torch.zeros(60, 4, dtype=dtype), torch.zeros(5, 4)
     loss = linear_cross_entropy(x, weight, torch.zeros(60, dtype=torch.long), reduction="sum")
     torch.testing.assert_close(loss, 60 * torch.tensor(5.0).log())

@@ -143,7 +143,7 @@ def test_selfcheck_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys.modules[layer_norm.__module__], "_layer_norm", lambda x, w, b, *_: (x * w + b, None)
     )
-    monkeypatch.setattr("fusedgpt.kernels.selfcheck.SMALL", {"layer_norm": SMALL["layer_norm"]})
+    monkeypatch.setattr("fusedgpt.kernels.selfcheck.small", lambda *_: [SMALL["layer_norm"]])
     with use_backend("triton"):
         (check,) = check_all("cpu")
     assert not check.ok
