@@ -262,8 +262,9 @@ def _head_row(table: dict[str, Any], architecture: str, heads: Heads) -> Any:
 
 
 # Attention has few candidates, as each takes seconds to compile: those that spill nothing, with or without dropout, under
-# Triton 3.6 and 3.9; beside its row, one pass was compiled with 2 stages only. Heads of 128 have one candidate for it:
-# 64 × 64 spills 4 bytes, 128 keys 256.
+# Triton 3.6, and did not under 3.9 with 2 stages. With 3 or 4 stages not all were compiled again: under 3.9 the rows of
+# tiles.py and 128 × 128 forward, of one pass its row alone. Heads of 128 have one candidate for it: 64 × 64 spills 4 bytes,
+# 128 keys 256.
 FORWARD_TILES: dict[str, tuple[Tile, ...]] = {
     "sm_90": (
         Tile(64, 64, 128, 4, 1, 0, ""),
