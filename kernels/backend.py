@@ -26,9 +26,8 @@ MIN_CAPABILITY = (8, 0)  # NVIDIA GPUs from here on have bfloat16 arithmetic and
 # Plain globals: Dynamo cannot trace a ContextVar, and autograd's threads, which recompute checkpointed blocks, would
 # not see its value.
 _forced: str | None = None
-_replaced: dict[
-    str, str
-] = {}  # operators and reasons; a new dict for each change, which outer blocks keep theirs from
+# Operators and reasons; a new dict for each change, so that outer blocks keep theirs.
+_replaced: dict[str, str] = {}
 
 
 class Choice(NamedTuple):

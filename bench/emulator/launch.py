@@ -227,7 +227,9 @@ class _Driver(DriverBase):
         return torch.device("cpu")
 
     def get_benchmarker(self) -> Any:
-        raise NotImplementedError("an emulated GPU has no time: no autotuning")
+        raise EmulatorError(
+            "an emulated GPU measures no time: give the kernel one configuration instead of autotuning"
+        )
 
 
 class _Launcher:

@@ -44,9 +44,8 @@ def key_gradients(q, k, v, do, stats, dq_acc, first_key, key, bh, start_n, padde
                 dropped = tl.where(keep, p, 0.0)
                 dp = tl.where(keep, dp, 0.0)
             dv = tl.dot(as_operand(dropped, do_tile.dtype, meta), do_tile, dv, input_precision="ieee")
-            if (
-                dq_acc is not None
-            ):  # this late it saves 16 registers; in two passes matmuls would be serialized
+            # this late it saves 16 registers; in two passes matmuls would be serialized
+            if dq_acc is not None:
                 delta = load_stats(stats, 2 * bh + 1, start_m, padded, meta.BLOCK_M)
             ds = (p * (dp - delta[None, :])).to(q_tile.dtype)
             dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
