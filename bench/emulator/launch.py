@@ -23,6 +23,7 @@ from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import JITFunction
 
+from .counting import LaunchCounts, Sampler
 from .global_memory import GlobalMemory, Region
 from .machine import Finding, Machine
 from .ptx import Module, parse
@@ -62,11 +63,15 @@ class Emulation:
     order: str
     seed: int
     edit: Callable[[str, str], str] | None
+    count: Sampler | None = None
     findings: dict[str, int] = field(default_factory=dict)
     launches: list[tuple[str, tuple[int, int, int], float]] = field(
         default_factory=list
     )  # kernel, grid, seconds
     covered: dict[tuple[str, str], set[int]] = field(default_factory=dict)  # (kernel, PTX): lines that ran
+    counts: list[LaunchCounts] = field(
+        default_factory=list, repr=False
+    )  # a launch each, where `count` is given
     texts: dict[str, str] = field(default_factory=dict, repr=False)  # of a finding, by its place
 
     def add(self, finding: Finding) -> None:
@@ -82,6 +87,7 @@ def emulate(
     order: str = "lockstep",
     seed: int = 0,
     edit: Callable[[str, str], str] | None = None,
+    count: Sampler | None = None,
 ) -> Iterator[Emulation]:
     """Run every Triton launch of this process in the emulator; tensors are on the CPU.
 
@@ -91,6 +97,7 @@ def emulate(
         order: "lockstep", all warps together, or "random", one warp at a time.
         seed: of the random order.
         edit: takes a kernel's name and its PTX, returns the PTX to run instead.
+        count: fill `counts`; takes a kernel's name and its grid, returns the programs to run, or None for all of them.
 
     Yields:
         the Emulation, whose `findings` name races, missing waits and fences, reads of unwritten shared memory and lanes that disagree.
@@ -111,7 +118,7 @@ def emulate(
         raise RuntimeError(
             "emulate: TRITON_INTERPRET is set, so that nothing is compiled; start Python without it"
         )
-    emulation = Emulation(architecture, timing, order, seed, edit)
+    emulation = Emulation(architecture, timing, order, seed, edit, count)
     driver = triton.runtime.driver
     # apart from the binaries of a GPU: an entry of this cache has no cubin
     cache = Path(triton.knobs.cache.dir) / "emulator"
@@ -259,16 +266,22 @@ class _Launcher:
             arguments.add((i,), kind, value, label)
         memory = GlobalMemory(arguments.regions.values())
         began = time.perf_counter()
-        programs = list(product(range(x), range(y), range(z)))
+        emulation = self.emulation
+        programs = (emulation.count and emulation.count(name, grid)) or list(
+            product(range(x), range(y), range(z))
+        )
+        counts = None
+        if emulation.count is not None:
+            counts = LaunchCounts(name, ptx, grid, len(programs), threads, self.metadata.shared)
+            emulation.counts.append(counts)
         size = max(BATCH // threads, 1)
         for i in range(0, len(programs), size):
             batch = programs[i : i + size]
-            emulation = self.emulation
             machine = _machine(
                 ptx, threads, len(batch), self.metadata.shared, emulation.timing, emulation.order == "random"
             )
             parameters, maps = arguments.pack(module)
-            machine.run(batch, grid, parameters, maps, memory, emulation.seed + i)
+            machine.run(batch, grid, parameters, maps, memory, emulation.seed + i, counts)
             self.collect(name, ptx, machine)
         self.emulation.launches.append((name, grid, time.perf_counter() - began))
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .counting import LaunchCounts
 from .global_memory import GlobalMemory
 from .instructions import build
 from .instructions.async_copy import AsyncCopies
@@ -81,6 +82,7 @@ class Machine:
         self.memory = GlobalMemory([])
         self.parameters = np.zeros(module.parameter_bytes + 64, np.uint8)
         self.tensor_maps: dict[int, TensorMap] = {}  # by the offset of their parameter
+        self.counts: LaunchCounts | None = None
         self.random = random.Random()
         self.findings: dict[tuple[str, int], Finding] = {}  # by kind and instruction
         self.copies, self.bulk = AsyncCopies(self), BulkCopies(self)
@@ -211,14 +213,15 @@ class Machine:
         tensor_maps: dict[int, TensorMap],
         memory: GlobalMemory,
         seed: int,
+        counts: LaunchCounts | None = None,
     ) -> None:
-        """Run these programs of the grid to their end. What they synchronise wrongly is in `findings` then.
+        """Run these programs of the grid to their end. What they synchronise wrongly is in `findings` then, what they did in `counts`.
 
         Raises:
             EmulatorError: an access out of bounds, a deadlock, what a GPU would stop at.
         """
         self.parameters[:] = parameters
-        self.tensor_maps, self.memory, self.findings = tensor_maps, memory, {}
+        self.tensor_maps, self.memory, self.findings, self.counts = tensor_maps, memory, {}, counts
         memory.threads, memory.report = self.threads, self.report
         self.random.seed(seed)
         self.threads.start(programs, grid)
@@ -241,6 +244,8 @@ class Machine:
         """Run the block at which a strand stands. Returns True where it waits, splits or ends there."""
         block, mask = self.blocks[strand.pc], strand.mask
         self.covered.add(strand.pc)
+        if self.counts is not None:
+            self.counts.block(self, strand.pc, mask)
         ins = block.control
         try:
             if self.multiplications.pending:

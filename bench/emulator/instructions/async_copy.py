@@ -52,7 +52,11 @@ class AsyncCopies:
         self.groups += mask  # True counts as one
 
     def issue(self, copy: Copy) -> None:
-        shared = self.machine.shared
+        shared, counts = self.machine.shared, self.machine.counts
+        if counts is not None:
+            real = copy.real
+            counts.access(self.machine, "load", copy.source[real], copy.width, copy.threads[real])
+            counts.shared(copy.flat, copy.width, copy.threads)
         shared.check_write(copy.ins, copy.flat, copy.width, copy.threads)
         shared.state[shared.words(copy.flat, copy.width)] = WRITING
         if self.machine.late:
@@ -76,6 +80,9 @@ class AsyncCopies:
 
     def wait(self, mask: Mask, pending: int | None) -> None:
         """Land all but the last `pending` groups of these threads; None: every copy, committed or not."""
+        if self.machine.counts is not None:
+            in_flight = sum(copy.width * int(copy.real.sum()) for copy in self.in_flight)
+            self.machine.counts.wait(self.machine.threads, in_flight)
         left = []
         for copy in self.in_flight:
             done = np.ones(len(copy.threads), bool)

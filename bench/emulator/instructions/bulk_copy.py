@@ -153,6 +153,7 @@ def build_load(machine: "Machine", ins: Instruction, place: int) -> "Operation":
             machine.shared.state[words] |= WRITING
             where = [int(c[thread]) for c in coordinates]
             number, cta = machine.shared.number_load(), int(machine.threads.cta[thread])
+            count_box(machine, "load", tensor_map, where)
             barrier.loads.append(Load(ins, tensor_map, where, words, number, cta))
             if not machine.late:
                 machine.barriers.settle(barrier)
@@ -177,12 +178,20 @@ def build_store(machine: "Machine", ins: Instruction, place: int, reduction: str
             shared.state[words] |= READING
             where, group = [int(c[thread]) for c in coordinates], int(bulk.groups[thread])
             store = Store(ins, tensor_map, where, words, thread, group, reduction)
+            count_box(machine, "store", tensor_map, where)
             if not machine.late:
                 store.data = shared.words32[words]
                 store.write()
             bulk.stores.append(store)
 
     return store
+
+
+def count_box(machine: "Machine", kind: str, tensor_map: TensorMap, coordinates: list[int]) -> None:
+    found = tensor_map.window(coordinates) if machine.counts is not None else None
+    if machine.counts is not None and found is not None:
+        machine.counts.box(kind, tensor_map.region, found[0])
+        machine.counts.copied(tensor_map.bytes)
 
 
 def tensor_map_at(machine: "Machine", address: int) -> TensorMap:

@@ -69,7 +69,9 @@ def load(machine: "Machine", ins: Instruction) -> "Operation":
 
     def load(mask: Mask) -> None:
         threads = machine.threads.chosen(mask)
-        values = memory_of(machine, ins).load(ins, address(threads), size, count, threads)
+        at = address(threads)
+        values = memory_of(machine, ins).load(ins, at, size, count, threads)
+        count_access(machine, ins, "load", at, size * count, threads)
         for i, target in enumerate(targets):
             target[threads] = (values[:, i] if count > 1 else values).view(dtype)
 
@@ -96,10 +98,22 @@ def store(machine: "Machine", ins: Instruction) -> "Operation":
     def store(mask: Mask) -> None:
         threads = machine.threads.chosen(mask)
         data = np.stack([v[threads] for v in values], 1) if len(values) > 1 else values[0][threads]
-        memory = memory_of(machine, ins)
-        memory.store(ins, address(threads), np.dtype(dtype).itemsize, len(values), threads, data)
+        at, size = address(threads), np.dtype(dtype).itemsize
+        memory_of(machine, ins).store(ins, at, size, len(values), threads, data)
+        count_access(machine, ins, "store", at, size * len(values), threads)
 
     return store
+
+
+def count_access(
+    machine: "Machine", ins: Instruction, kind: str, at: np.ndarray, width: int, threads: np.ndarray
+) -> None:
+    if machine.counts is None:
+        return
+    if space(ins) == "global":
+        machine.counts.access(machine, kind, at, width, threads)
+    else:
+        machine.counts.shared(machine.shared.flat(at, width, threads), width, threads)
 
 
 ATOMICS: dict[str, Callable] = {
@@ -140,6 +154,7 @@ def atomic(machine: "Machine", ins: Instruction) -> "Operation":
 
     def act(mask: Mask) -> None:
         threads = machine.threads.chosen(mask)
+        count_access(machine, ins, "store", address(threads), size, threads)
         for i, at in enumerate(address(threads)):
             t = threads[i]
             view, place = element(np.array([at]), threads[i : i + 1])

@@ -111,6 +111,9 @@ class Barriers:
 
         def wait(strand: "Strand") -> bool:
             strand.waits = "mbarrier"
+            if machine.counts is not None:
+                loads = (load for barrier in self.at.values() for load in barrier.loads)
+                machine.counts.wait(machine.threads, sum(load.map.bytes for load in loads))
             self.retry(strand)
             return bool(strand.waits)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..ptx import Instruction, Reg, Vec
 from ..threads import Mask, Unsupported
-from .loads import addresses, items
+from .loads import addresses, count_access, items
 from .table import F16, F32, U16, U32, opcode
 
 if TYPE_CHECKING:
@@ -134,7 +134,9 @@ def load_matrix(machine: "Machine", ins: Instruction) -> "Operation":
     def load(mask: Mask) -> None:
         threads = machine.threads.chosen(mask)
         givers = _givers(threads, count)
-        data = machine.shared.load(ins, address(givers), 4, 4, givers)
+        at = address(givers)
+        data = machine.shared.load(ins, at, 4, 4, givers)
+        count_access(machine, ins, "load", at, 16, givers)
         data = (_transposed(data, count) if trans else data).reshape(-1, count, 32)
         for i, target in enumerate(targets):
             target[threads] = data[:, i].ravel()
@@ -153,6 +155,8 @@ def store_matrix(machine: "Machine", ins: Instruction) -> "Operation":
         givers = _givers(threads, count)
         data = np.stack([v[threads].reshape(-1, 32) for v in values], 1)  # (warps, matrices, 32)
         data = (_transposed(data, count) if trans else data).reshape(-1, 4)
-        machine.shared.store(ins, address(givers), 4, 4, givers, data)
+        at = address(givers)
+        machine.shared.store(ins, at, 4, 4, givers, data)
+        count_access(machine, ins, "store", at, 16, givers)
 
     return store
