@@ -97,7 +97,8 @@ def emulate(
         order: "lockstep", all warps together, or "random", one warp at a time.
         seed: of the random order.
         edit: takes a kernel's name and its PTX, returns the PTX to run instead.
-        count: fill `counts`; takes a kernel's name and its grid, returns the programs to run, or None for all of them.
+        count: fill `counts`; takes a kernel's name and its grid, returns the programs to run, or None for all of them. Races in
+            global memory are not looked for then.
 
     Yields:
         the Emulation, whose `findings` name races, missing waits and fences, reads of unwritten shared memory and lanes that disagree.

@@ -222,7 +222,7 @@ class Machine:
         """
         self.parameters[:] = parameters
         self.tensor_maps, self.memory, self.findings, self.counts = tensor_maps, memory, {}, counts
-        memory.threads, memory.report = self.threads, self.report
+        memory.threads, memory.report, memory.finds_races = self.threads, self.report, counts is None
         self.random.seed(seed)
         self.threads.start(programs, grid)
         for axis in range(3):

@@ -211,10 +211,17 @@ def one_pass_tile(row_name: str, shape: Sequence[int], device: torch.device) -> 
 
 
 def _group(q: Tensor, length: int) -> int:
-    """How many heads take turns: as many as have their keys and values, or queries and dO, of `length` in the cache."""
     batch, _, n_head, head_dim = q.shape
-    shared = 2 * length * head_dim * q.element_size()
-    return min(max(_CACHED // max(shared, 1), 1), batch * n_head)
+    return heads_in_turn(length, head_dim, q.element_size(), batch * n_head)
+
+
+def heads_in_turn(length: int, head_dim: int, element: int, heads: int) -> int:
+    """How many heads take turns: as many as have their keys and values, or queries and dO, of `length` in the cache.
+
+    element: bytes.
+    """
+    shared = 2 * length * head_dim * element
+    return min(max(_CACHED // max(shared, 1), 1), heads)
 
 
 def _sources(*tensors_and_rows: tuple[Tensor, int]) -> list[Any]:
