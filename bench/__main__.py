@@ -54,9 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_on_workload(command: str, options: dict[str, Any]) -> None:
-    from .step.sizes import workload
+    from .step.sizes import full_workload, workload
     from .suite import run_all, run_measurement
 
+    if options.pop("bytes", False):
+        sizes = {name: options.pop(name) for name in ("size", "batch", "dropout")}
+        return run_measurement("bytes", full_workload(**sizes), options["out"], options["pictures"])
     names = ("size", "device_name", "dropout", "batch")
     work = workload(**{name: options.pop(name) for name in names if name in options})
     if command == "all":
@@ -88,6 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "step", help="a training step beside torch.compile, transformers' GPT-2 and nanoGPT"
     )
     step.add_argument("--breakdown", action="store_true", help="instead: the time of every part of our step")
+    step.add_argument(
+        "--bytes",
+        action="store_true",
+        help="instead: the bytes that every part of our step moves on a GPU, counted without one",
+    )
     step.add_argument("--rounds", type=_count, default=40, help="turns of each (default: 40)")
     memory = commands.add_parser("memory", help="the step's peak memory, and the budget of ours")
     batches = "(default: half of the size's and all of it)"

@@ -24,13 +24,14 @@ from . import table
 from .ops import run as ops
 from .parts import Options, Part, Row, part_main, run_parts
 from .record import recording
-from .step import breakdown, decode, memory, startup, step
+from .step import breakdown, bytes, decode, memory, startup, step
 from .step.sizes import Workload, workload
 
 ALL_SECONDS = 165.0  # on a CPU: all of it within three minutes
 MEASUREMENTS: dict[str, ModuleType] = {
     "step": step,
     "breakdown": breakdown,
+    "bytes": bytes,
     "memory": memory,
     "startup": startup,
     "decode": decode,

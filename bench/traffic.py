@@ -84,7 +84,6 @@ class Operation:
     flops: int = 0
     inside: str = ""  # the operator of torch.library that called it: fusedgpt::linear_backward
     node: str = ""  # the node of autograd's graph that called it, in a backward pass
-    part: str = ""  # of the step, see `Traffic.part`
 
     @property
     def bytes(self) -> int:
@@ -99,14 +98,13 @@ class Traffic(TorchDispatchMode):
 
     Attributes:
         operations: in the order in which they ran.
-        part: what the next ones are a part of; the caller sets it.
     """
 
     def __init__(self, limit: float = inf) -> None:
         super().__init__()
         self.limit = limit
         self.operations: list[Operation] = []
-        self.part = self._inside = ""
+        self._inside = ""
 
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -167,8 +165,9 @@ class Traffic(TorchDispatchMode):
 
     def _add(self, name: str, read: int, written: int, flops: int = 0) -> None:
         node = torch._C._current_autograd_node()
-        where = (self._inside, node.name() if node else "", self.part)
-        self.operations.append(Operation(name, read, written, flops, *where))
+        self.operations.append(
+            Operation(name, read, written, flops, self._inside, node.name() if node else "")
+        )
 
 
 def _given(name: str, arguments: Mapping[str, Any]) -> bool:
@@ -267,9 +266,12 @@ def without_a_gpu(traffic: Traffic, architecture: str, multiprocessors: int) -> 
         named = {name: value for name, value in options.items() if name in kernel.arg_names}
         traffic.launch(kernel.__name__, dict(zip(kernel.arg_names, args, strict=False)) | named)
 
+    def stores_float32(a: Tensor) -> bool:  # not a Mock, which would keep every tensor it has seen
+        return True
+
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
-        stack.enter_context(mock.patch.object(matmul, "_stores_float32", return_value=True))
+        stack.enter_context(mock.patch.object(matmul, "_stores_float32", stores_float32))
         stack.enter_context(kernels_on_cpu_tensors(tiles.Hardware(architecture, multiprocessors)))
         stack.enter_context(use_backend("triton"))
         yield

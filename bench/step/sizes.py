@@ -48,6 +48,30 @@ class Workload:
             yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def full_workload(size: str | None = None, batch: int | None = None, dropout: float = 0.0) -> Workload:
+    """The training step of a GPT-2 size as a large GPU does it, on CPU tensors that nobody computes with.
+
+    Args:
+        size: one of GPT-2's, gpt2 by default.
+        batch: sequences of 1,024 tokens, the preset's micro-batch by default.
+        dropout: all three rates.
+
+    Raises:
+        ValueError: an unknown size (the nearest is named), or an invalid batch or rate.
+    """
+    size, sizes = size or "gpt2", [name for name in SIZES if name not in SMALL]
+    if size not in sizes:
+        raise ValueError(
+            f"size {size!r} is not GPT-2's{nearest(size, sizes) or '; it takes ' + ', '.join(sizes)}"
+        )
+    run = preset(size)
+    config = replace(run.model, **dict.fromkeys(DROPOUTS, dropout))  # type: ignore[arg-type]
+    own = int(run.train.micro_batch)
+    return Workload(
+        size, batch or own, config, torch.device("cpu"), torch.bfloat16, run.train.activation_checkpointing
+    )
+
+
 def workload(
     size: str | None = None, device_name: str = "auto", batch: int | None = None, dropout: float = 0.0
 ) -> Workload:

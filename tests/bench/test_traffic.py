@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedgpt.bench.parts import environment
+from fusedgpt.bench.step.bytes import PARTS
 from fusedgpt.bench.traffic import WRITES, Traffic
 from fusedgpt.kernels import _triton, linear, use_backend
 
@@ -160,3 +161,35 @@ def test_a_tensor_is_no_part_of_an_operation() -> None:
     with traffic:
         torch.ones(3) + 1
     assert not any(isinstance(value, Tensor) for o in traffic.operations for value in vars(o).values())
+
+
+def test_the_bytes_of_a_step() -> None:
+    pytest.importorskip("triton")
+    rows = compiled("""
+        import json, torch
+        from fusedgpt.bench.step import bytes
+        from fusedgpt.bench.step.sizes import Workload
+        from fusedgpt.gpt.config import ModelConfig
+        config = ModelConfig(500, context_length=128, n_layer=2, n_head=2, n_embd=256)
+        work = Workload("test", 2, config, torch.device("cpu"), torch.bfloat16)
+        bytes.COMPUTED = 1 << 16
+        print(json.dumps([vars(row) for row in bytes.measure(work)]))
+    """)
+    *parts, whole, peak = rows
+    by_part = {row["name"]: row for row in parts}
+    assert by_part.keys() >= {*PARTS.values(), "AdamW", "gradient norm", "weight casts"}
+    assert sum(row["gigabytes"] for row in parts) == pytest.approx(whole["gigabytes"])
+    assert sum(row["share"] for row in parts) == pytest.approx(1.0)
+    width, tokens, vocabulary = 256, 2 * 128, 512
+    blocks, vectors = 2 * 12 * width**2, 2 * 13 * width + 2 * width
+    parameters = blocks + vectors + (vocabulary + 128) * width
+    # every matmul three times: forward, dx and dW
+    assert whole["teraflops"] == pytest.approx(6 * tokens * (blocks + vocabulary * width) / 1e12)
+    assert by_part["gradient norm"]["gigabytes"] == pytest.approx(4 * parameters / 1e9, rel=0.01)
+    assert by_part["other"]["gigabytes"] < 0.01 * whole["gigabytes"]
+    assert by_part["AdamW"]["further"] == 0
+    assert whole["further"] < whole["gigabytes"]
+    held, activations = 16 * parameters, tokens * (2 * (24 * width + 4 * 2 + 16) + 8 * width)
+    assert (
+        held + activations < 1e9 * peak["gigabytes"] < held + 2 * activations + 8 * vocabulary * width + 2**20
+    )
