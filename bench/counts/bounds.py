@@ -8,10 +8,12 @@ real runs longer; `known.py` says by how much where a time is known.
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from .rates import GPU
-from .work import Work
+
+if TYPE_CHECKING:  # it takes Triton, which whoever reads a record may not have
+    from .work import Work
 
 SECTOR, WAVEFRONT = 32, 128  # bytes
 WARP = 32
@@ -67,17 +69,17 @@ def occupancy(gpu: GPU, warps: int, registers: int, shared_bytes: int) -> Occupa
     return Occupancy(limits[limit], limit)
 
 
-def of_work(gpu: GPU, work: Work) -> Occupancy:
+def of_work(gpu: GPU, work: "Work") -> Occupancy:
     return occupancy(gpu, work.warps, work.registers, work.shared_bytes)
 
 
-def waves(gpu: GPU, work: Work) -> float:
+def waves(gpu: GPU, work: "Work") -> float:
     """How often the grid fills the GPU; the last turn may be a partial one. Infinite where no program fits."""
     resident = of_work(gpu, work).programs * gpu.multiprocessors
     return work.programs / resident if resident else math.inf
 
 
-def bound(gpu: GPU, works: Sequence[Work]) -> Bound:
+def bound(gpu: GPU, works: Sequence["Work"]) -> Bound:
     """That of one launch after the other."""
     units: dict[str, float] = defaultdict(float)
     longest: dict[str, float] = defaultdict(float)
@@ -95,7 +97,7 @@ def matmul_bound(gpu: GPU, flops: float, moved: float) -> float:
     return 1e6 * max(flops / gpu.tensor_peak, moved / gpu.memory_bandwidth)
 
 
-def busy(gpu: GPU, work: Work) -> dict[str, float]:
+def busy(gpu: GPU, work: "Work") -> dict[str, float]:
     """Microseconds for which each unit is busy at least, by its name in UNITS.
 
     A multiprocessor executes whole programs: where they do not divide evenly, the units of one are busy for the largest share.
@@ -119,7 +121,7 @@ def busy(gpu: GPU, work: Work) -> dict[str, float]:
     return {unit: 1e6 * value for unit, value in seconds.items()}
 
 
-def latency(gpu: GPU, work: Work) -> float:
+def latency(gpu: GPU, work: "Work") -> float:
     """Seconds by Little's law: bytes that asynchronous copies bring, each after its latency, over those in flight in all resident programs.
 
     0 where a kernel has no asynchronous copies. Of a grid that does not fill the GPU all programs are in flight.
