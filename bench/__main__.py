@@ -1,4 +1,4 @@
-"""`python -m fusedgpt.bench step | ops | ... | all | compare | readme | tiles | gpu | kernels-report | emulate`:
+"""`python -m fusedgpt.bench step | ops | ... | all | counts | compare | readme | tiles | gpu | kernels-report | emulate`:
 the bench suite's command line.
 
 argparse, not tyro as in `gpt`: `gpu` has to run on machines where nothing can be installed.
@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .counts.rates import GPUS
+
 # `python -m` in a clone puts the clone on the path, where transformers' `import kernels` would find ours
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parents[1]]
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
+COUNTED = ("sm_80", "sm_90")
 EMULATED = ("sm_80", "sm_90", "sm_86", "sm_89", "sm_120")
 MODES = ("early", "late", "random")
 SIZE_NAMES = (
@@ -28,6 +31,7 @@ SIZE_NAMES = (
 # imported when they run, so that the help is there at once and a benchmark needs no more than its own libraries
 FUNCTIONS = {
     "ops": (".ops.run", "run_ops"),
+    "counts": (".counts.run", "run_counts"),
     "compare": (".compare", "run_compare"),
     "readme": (".readme", "run_readme"),
     "tiles": (".tiles.sweep", "run_tiles"),
@@ -80,7 +84,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "What is faster, by how much, on this machine."
     parser = argparse.ArgumentParser(prog="python -m fusedgpt.bench", description=description)
-    names = "ops | step | memory | startup | decode | all | compare | readme | tiles | gpu | kernels-report | emulate"
+    names = "ops | step | memory | startup | decode | all | counts | compare | readme | tiles | gpu | kernels-report | emulate"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ops = commands.add_parser("ops", help="operators beside others: time, memory, share of the limit")
@@ -118,8 +122,30 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--batch", type=int, metavar="B", help="sequences (default: the size's)")
     for command in (step, memory, everything):
         command.add_argument("--dropout", type=float, default=0.0, metavar="P", help="(default: 0)")
+    counts = commands.add_parser(
+        "counts",
+        help="what the compiled kernels execute and move beside others', and the bounds of it; needs no GPU",
+    )
+    counts.add_argument(
+        "names", nargs="*", metavar="NAME", help="operators, such as attention (default: all)"
+    )
+    counts.add_argument(
+        "--architecture",
+        dest="architectures",
+        nargs="+",
+        choices=COUNTED,
+        default=(),
+        help="(default: those of the GPUs)",
+    )
+    counts.add_argument(
+        "--gpu", dest="gpus", nargs="+", choices=GPUS, default=tuple(GPUS), help="whose bounds (default: all)"
+    )
+    counts.add_argument(
+        "--accept", action="store_true", help="instead: write the counts that tests hold our kernels to"
+    )
     for command in (ops, step, memory, startup, decode, everything):
         command.add_argument("--device", dest="device_name", default="auto", help="auto, cpu, cuda, cuda:N")
+    for command in (ops, step, memory, startup, decode, everything, counts):
         command.add_argument(
             "--out", type=Path, metavar="JSON", help="write the record there (all: build/bench)"
         )

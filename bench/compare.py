@@ -1,7 +1,7 @@
 """`python -m fusedgpt.bench compare A.json B.json`: what moved from one record to another.
 
 Rows correspond where benchmark, name, case and implementation are the same. Versions in an implementation's name do not
-count, so a new release is compared with the old one.
+count, so a new release is compared with the old one. Of a time one figure is compared, of counts all.
 """
 
 import re
@@ -13,6 +13,14 @@ from .record import Record, load
 
 # a row is compared by the first of these figures that it has
 UNITS = {"milliseconds": "ms", "seconds": "s", "gigabytes": "GB"}
+COUNTS = {
+    "instructions": "warp instructions",
+    "special": "special functions",
+    "tensor_flops": "tensor FLOPs",
+    "sectors": "sectors",
+    "dram_bytes": "DRAM bytes",
+    "shared_wavefronts": "wavefronts",
+}
 Key = tuple[str, str, str, str]  # benchmark, name, case, implementation
 Figures = dict[Key, tuple[str, float]]  # name and value of the figure
 
@@ -54,13 +62,17 @@ def run_compare(before: Path, after: Path, above: float = 5.0) -> list[Change]:
     ]
     moved = sorted((c for c in changes if c.factor > 1 + above / 100), key=lambda c: -c.factor)
     for change in moved:
-        times = f"{change.before:>10,.3f} -> {change.after:>10,.3f} {UNITS[change.figure]:<3}"
+        times = f"{_number(change.before)} -> {_number(change.after)} {UNITS.get(change.figure, ''):<3}"
         print(f"{change.ratio:>7.2f} x  {times} {_text(change.key)}")
     print(f"{len(moved)} of {len(changes)} figures moved by more than {above:g} %")
     for file, own, other in ((before, old, new), (after, new, old)):
         for text in missing(own, other):
             print(f"only in {file.name}: {text}")
     return moved
+
+
+def _number(value: float) -> str:
+    return f"{value:>10,.3f}" if value < 1e6 else f"{value:>10,.0f}"
 
 
 def _text(key: Key) -> str:
@@ -88,12 +100,20 @@ def differences(before: Record, after: Record) -> Iterator[str]:
 
 
 def figures(record: Record) -> Figures:
-    """The figure of each row; rows without one are left out."""
+    """The figure of each row, of counts each figure; rows without one are left out."""
     found: Figures = {}
     for row in record["rows"]:
-        name = next((name for name in UNITS if name in row), None)
-        if name is not None and row[name] is not None:
-            implementation = re.sub(r" v?\d[\w.+]*", "", row["side"])
-            key = (row.get("benchmark", record["kind"]), row["name"], row["case"], implementation)
-            found[key] = (name, row[name])
+        benchmark = row.get("benchmark", record["kind"])
+        implementation = re.sub(r" v?\d[\w.+]*", "", row["side"])
+        if benchmark == "counts":
+            for name, unit in COUNTS.items():
+                if row.get(name) is not None:
+                    found[benchmark, f"{row['name']}: {unit}", row["case"], implementation] = (
+                        name,
+                        row[name],
+                    )
+            continue
+        figure = next((name for name in UNITS if name in row), None)
+        if figure is not None and row[figure] is not None:
+            found[benchmark, row["name"], row["case"], implementation] = (figure, row[figure])
     return found

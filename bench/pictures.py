@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
+from .counts.pictures import counts_picture
 from .ops.run import BOTH, OURS, first_sizes
 
 ACCENT, GREY, PALE = "#0072B2", "#555555", "#A0A0A0"
@@ -186,6 +187,7 @@ PICTURES = {
     "attention": ("ops", attention_picture),
     "step": ("step", step_picture),
     "breakdown": ("breakdown", breakdown_picture),
+    "counts": ("counts", counts_picture),
 }
 
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .counts import pages
 from .ops.run import OURS, first_sizes, ours_and_fastest_other
 from .record import ROOT, Record, draw, load
+from .table import markdown
 
 BEGIN = "<!-- bench: `python -m fusedgpt.bench readme` writes what follows; never edit it by hand -->\n"
 END = "<!-- /bench -->\n"
-Newest = dict[str, tuple[Path, Record]]  # file and record of "gpu" and "cpu", where there is one
+Newest = dict[str, tuple[Path, Record]]  # file and record of "gpu", "cpu" and "counts", where there is one
 Rows = list[dict[str, Any]]
 
 
@@ -30,7 +32,7 @@ def run_readme(results: Sequence[Path] = (), root: Path = ROOT) -> None:
     """
     newest = newest_results(list(results) or sorted((root / "bench" / "results").glob("*.json")))
     for kind, (_, record) in newest.items():
-        draw(record, root / "docs", f"bench-{kind}-")
+        draw(record, root / "docs", "bench-" if kind == "counts" else f"bench-{kind}-")
     texts = {root / name: _replaced(root / name, block) for name, block in blocks(newest, root).items()}
     for file, text in texts.items():
         file.write_text(text)
@@ -38,11 +40,11 @@ def run_readme(results: Sequence[Path] = (), root: Path = ROOT) -> None:
 
 
 def newest_results(files: Sequence[Path]) -> Newest:
-    """The newest record of a GPU and of a CPU."""
+    """The newest record of a GPU, of a CPU and of counts."""
     found: Newest = {}
     for file in files:
         record = load(file)
-        kind = "gpu" if "cuda" in record["versions"] else "cpu"
+        kind = "counts" if record["kind"] == "counts" else "gpu" if "cuda" in record["versions"] else "cpu"
         if kind not in found or record["date"] >= found[kind][1]["date"]:
             found[kind] = (file, record)
     return dict(sorted(found.items(), reverse=True))
@@ -66,10 +68,12 @@ def short_block(newest: Newest) -> str:
     """README's: the training step and every operator beside the fastest other implementation, at the first size."""
     lines: list[str] = []
     for kind, (_, record) in newest.items():
-        if cells := list(_beside_fastest(record["rows"])):
+        if kind == "counts":
+            lines += pages.short(record)
+        elif cells := list(_beside_fastest(record["rows"])):
             heads = (kind.upper(), "fusedgpt", "fastest other", "its time", "over ours")
             about = f"{record['versions']['device']}, torch {record['versions']['torch']}, {record['date']}"
-            lines += [*_table(heads, cells), "", f"{about}; operators forward + backward.", ""]
+            lines += [*markdown(heads, cells), "", f"{about}; operators forward + backward.", ""]
     return "\n".join(lines)
 
 
@@ -92,11 +96,6 @@ def _sizes(row: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value:g}" for key, value in row["sizes"].items() if value)
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for cells in (heads, ["---"] * len(heads), *rows):
-        yield f"| {' | '.join(cells)} |"
-
-
 def full_block(newest: Newest, folder: Path) -> str:
     """That of docs/benchmarks.md: every table, and the pictures that are in the folder."""
     lines: list[str] = []
@@ -110,6 +109,10 @@ def full_block(newest: Newest, folder: Path) -> str:
             record["date"],
         ]
         lines += [f"**{title}**: {', '.join(about)}; `bench/results/{file.name}`", ""]
+        if kind == "counts":
+            picture = ["![Busy time of every unit, ours beside peers](bench-counts.png)", ""]
+            lines += [pages.about(record) + ".", "", *pages.full(record), *picture]
+            continue
         lines += [*_step_table(record["rows"]), *_ops_table(record["rows"])]
         for name, text in (
             ("step", "Training steps of every implementation"),
@@ -151,7 +154,7 @@ def _step_table(rows: Rows) -> Iterator[str]:
         if any(name in found for name in names):
             lines.append([heading, *(found.get(name, "–") for name in names)])
     if lines:
-        yield from _table([steps[0]["case"], *names], lines)
+        yield from markdown([steps[0]["case"], *names], lines)
         yield ""
 
 
@@ -181,5 +184,5 @@ def _ops_table(rows: Rows) -> Iterator[str]:
             "fastest other",
             "its time over ours",
         )
-        yield from _table(heads, lines)
+        yield from markdown(heads, lines)
         yield ""

@@ -1,6 +1,6 @@
-"""Text tables of measurements: one line for each row, printed as it arrives."""
+"""Text tables of measurements, one line for each row, printed as it arrives; and tables in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # heading, alignment and width, field of the row, format of its value
@@ -18,3 +18,9 @@ def line(columns: Sequence[Column], row: Mapping[str, Any]) -> str:
         for _, spec, field, form in columns
     ]
     return f"{' '.join(cells).rstrip()}  {row.get('note') or ''}".rstrip()
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table in Markdown."""
+    for cells in (heads, ["---"] * len(heads), *rows):
+        yield f"| {' | '.join(cells)} |"

@@ -89,7 +89,9 @@ def measure(case: Case, architecture: str) -> list[Measured]:
         outputs = [y for y in as_tuple(example.call(**tensors)) if y.requires_grad]
         launched, called = len(emulation.counts), len(traffic.operations)
         leaves = [t for t in tensors.values() if t.requires_grad]
-        torch.autograd.grad(outputs, leaves, [torch.zeros_like(y) for y in outputs])
+        incoming = [torch.zeros_like(y) for y in outputs]
+        del traffic.operations[called:]  # no work of the operator's
+        torch.autograd.grad(outputs, leaves, incoming)
     works = [work_of(counts, architecture) for counts in emulation.counts]
     directions = {
         FORWARD: (works[:launched], traffic.operations[:called]),

@@ -10,12 +10,14 @@ from ..emulator.counting import LaunchCounts
 from ..emulator.ptx import Instruction, parse
 from .sass import compiled, executions
 
-# Classes of machine instructions by the start of their opcode; the first that fits counts, "integer" takes the rest.
+# Classes of machine instructions by the start of their opcode; the first that fits counts, "integer" takes the rest. "multiply" is
+# integer multiply-add, which the float32 pipe executes.
 # (NVIDIA, CUDA Binary Utilities, "Instruction Set Reference")
 CLASSES = {
     "matrix": ("HMMA", "HGMMA", "IMMA", "QGMMA"),
     "special": ("MUFU",),
     "convert": ("F2", "I2F", "FRND", "I2I"),
+    "multiply": ("IMAD", "IDP"),
     "float": ("FADD", "FMUL", "FFMA", "HADD2", "HMUL2", "HFMA2", "FSWZADD", "DADD", "DMUL", "DFMA"),
     "barrier": (
         *("BAR", "SYNCS", "WARPSYNC", "DEPBAR", "LDGDEPBAR", "MEMBAR", "FENCE", "ERRBAR", "WARPGROUP"),
@@ -28,6 +30,7 @@ CLASSES = {
         *("MOV", "UMOV", "S2R", "S2UR", "CS2R", "R2UR", "PRMT", "UPRMT", "SEL", "USEL", "LDC", "ULDC", "P2R"),
         *("R2P", "B2R", "FSEL"),
     ),
+    "uniform": ("U",),  # integers of a whole warp, in a pipe of their own
 }
 # LDC and ULDC read constants, REDUX reduces a warp's integers: neither is a "memory" instruction
 _NOT_MEMORY = ("LDC", "REDUX", "LDGDEPBAR")

@@ -1,0 +1,156 @@
+"""The goals that our kernels are held to by count, on sm_90 at GPT-2's shapes, each with its figure.
+
+Least bytes are those that the operators' docstrings count: every input read once, every output and what the backward needs written once.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from .. import table
+from ..ops.harness import BACKWARD, BOTH, FORWARD
+from .known import ARCHITECTURE, GPU
+from .report import Row, conflicts, groups, is_ours, useful
+
+BF16 = 2  # bytes
+MEMORY = ("dram",)
+ARITHMETIC = ("tensor", "special")
+
+
+COLUMNS: tuple[table.Column, ...] = (
+    ("", "<32", "operator", "    {}"),
+    ("", "<19", "direction", "{}"),
+    ("", "<19", "what", "{}"),
+    ("", ">9", "figure", "{}"),
+    ("", "<38", "limit", "  {}"),
+    ("", "", "verdict", "{}"),
+)
+
+
+class Goal(NamedTuple):
+    operator: str
+    direction: str
+    what: str
+    figure: str
+    limit: str
+    met: bool | None  # None: there was nothing to compare with
+
+    @property
+    def verdict(self) -> str:
+        return {True: "met", False: "missed", None: "not compared"}[self.met]
+
+
+def goals(rows: Sequence[Row]) -> Iterator[Goal]:
+    """Every goal whose operator was counted."""
+    found = {(g[0]["name"], g[0]["direction"]): g for g in groups(_counted(rows))}
+    for name in ("layer_norm", "add_layer_norm", "add_layer_norm, dropout 0.1"):
+        for direction in (FORWARD, BACKWARD):
+            if group := found.get((name, direction)):
+                if "dropout" not in name:
+                    yield _instructions(group, "liger", 0.8)
+                yield from _least_bytes(group, 1.03)
+                yield _binding(group, MEMORY)
+    for direction, factor in ((FORWARD, 1.0), (BACKWARD, 0.8)):
+        if group := found.get(("attention", direction)):
+            yield _instructions(group, "flex", factor)
+            yield from _least_bytes(group, 1.10)
+            yield _binding(group, ARITHMETIC)
+            if dropped := found.get(("attention, dropout 0.1", direction)):
+                yield _limited(dropped, "instructions", group[0]["instructions"], 1.35, "its own without")
+                yield from _least_bytes(dropped, 1.10)
+                yield _binding(dropped, ARITHMETIC)
+    for direction in (FORWARD, BACKWARD):
+        if group := found.get(("gelu_mlp", direction)):
+            yield _instructions(group, "inductor", 0.7)
+            yield from _least_bytes(group, 1.03)
+            yield _binding(group, MEMORY)
+    if group := found.get(("linear_cross_entropy", BOTH)):
+        yield _instructions(group, "liger", 1.0)
+        yield from _least_bytes(group, 1.03)
+    for group in found.values():
+        yield from _clean(group[0])
+
+
+def lines(found: Sequence[Goal]) -> Iterator[str]:
+    """The goals as a table."""
+    if found:
+        met = sum(goal.met is True for goal in found)
+        yield f"{met} of {len(found)} goals are met (on {ARCHITECTURE}, bounds on {GPU})"
+        yield from (table.line(COLUMNS, goal._asdict() | {"verdict": goal.verdict}) for goal in found)
+
+
+def _counted(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["architecture"] == ARCHITECTURE and not row.get("note")]
+
+
+def _limited(group: Sequence[Row], figure: str, base: float, factor: float, whose: str) -> Goal:
+    ours = group[0]
+    times = f"{factor:g} x " if factor != 1 else ""
+    ratio = ours[figure] / base
+    return Goal(
+        ours["name"], ours["direction"], figure, f"{ratio:.2f} x", f"≤ {times}{whose}", ratio <= factor
+    )
+
+
+def _instructions(group: Sequence[Row], word: str, factor: float) -> Goal:
+    """Against the peer whose name contains a word."""
+    peer = next((row for row in group if not is_ours(row) and word in row["side"].lower()), None)
+    if peer:
+        return _limited(group, "instructions", peer["instructions"], factor, peer["side"])
+    ours = group[0]
+    text = f"{ours['instructions'] / 1e6:,.0f} M"
+    return Goal(ours["name"], ours["direction"], "instructions", text, f"≤ {factor:g} x {word}", None)
+
+
+def _binding(group: Sequence[Row], units: Sequence[str]) -> Goal:
+    ours = group[0]
+    unit = ours["bounds"][GPU]["unit"]
+    return Goal(
+        ours["name"], ours["direction"], f"binding unit, {GPU}", unit, " or ".join(units), unit in units
+    )
+
+
+def _least_bytes(group: Sequence[Row], factor: float) -> Iterator[Goal]:
+    ours = group[0]
+    least = least_bytes(ours["name"], ours["direction"], ours["sizes"])
+    ratio = ours["dram_bytes"] / least
+    met = ratio <= factor
+    yield Goal(
+        ours["name"], ours["direction"], "DRAM bytes", f"{ratio:.3f} x", f"≤ {factor:g} x the least", met
+    )
+
+
+def least_bytes(name: str, direction: str, sizes: dict[str, float]) -> float:
+    """What an operator's kernels must move, as its docstring counts; the library's matmuls stand apart.
+
+    Args:
+        name: of the case.
+        direction: forward, backward or both.
+        sizes: of the case.
+    """
+    operator, _, drop = name.partition(", ")
+    if operator == "attention":
+        elements = math.prod(sizes[n] for n in "BTHD")
+        statistics = 4 * math.prod(sizes[n] for n in "BTH")  # log-sum-exp
+        # q, k, v in and o out; q, k, v, o, do in and dq, dk, dv out
+        return BF16 * elements * {FORWARD: 4, BACKWARD: 8}[direction] + statistics
+    if (
+        operator == "linear_cross_entropy"
+    ):  # the logits of every chunk read and their gradients written over them
+        return BF16 * 2 * sizes["N"] * sizes["V"]
+    if operator == "gelu_mlp":
+        return BF16 * 4 * sizes["M"] * sizes["C"] * {FORWARD: 2, BACKWARD: 4}[direction]
+    tensors = {
+        "layer_norm": {FORWARD: 2, BACKWARD: 3},
+        "add_layer_norm": {FORWARD: 4, BACKWARD: 5 if drop else 4},
+    }
+    return sizes["M"] * (BF16 * sizes["C"] * tensors[operator][direction] + 8)  # mean and rstd
+
+
+def _clean(ours: Row) -> Iterator[Goal]:
+    """No bank conflicts, no bytes for nothing."""
+    lost, used = conflicts(ours), useful(ours)
+    if lost is not None:
+        yield Goal(ours["name"], ours["direction"], "bank conflicts", f"{lost:.1%}", "≤ 5 %", lost <= 0.05)
+    if used is not None:
+        yield Goal(ours["name"], ours["direction"], "useful sectors", f"{used:.0%}", "≥ 97 %", used >= 0.97)

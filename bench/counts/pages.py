@@ -1,0 +1,179 @@
+"""What README.md and docs/benchmarks.md show of a record of counts."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..record import Record
+from ..table import markdown
+from . import known
+from .goals import goals
+from .report import Row, best, conflicts, groups, is_ours, matmul_row, useful
+
+
+def about(record: Record) -> str:
+    """The compiler that the counts belong to, and what a bound is worth."""
+    error = known.summary(list(known.errors(record)))
+    versions = f"Triton {record['versions']['triton']}, {record['date']}"
+    return f"{versions}, no GPU involved. A bound is no time: it is {error}"
+
+
+def short(record: Record) -> Iterator[str]:
+    """README's table: each operator that has a peer, both directions, ours over the best peer's."""
+    lines = []
+    for ours, others in _both_directions(record["rows"]):
+        if not others:
+            continue
+        cells = [ours["name"]]
+        for figure in ("instructions", "dram_bytes", "bound"):
+            peer = min(others, key=lambda row: row[figure])
+            cells.append(f"{ours[figure] / peer[figure]:.2f} of {peer['side']}")
+        lines.append([*cells, f"{ours['bound']:,.0f} µs", ours["unit"]])
+    if lines:
+        heads = (f"counted, {known.ARCHITECTURE}", "instructions", "DRAM bytes", "bound")
+        yield from markdown((*heads, f"our bound, {known.GPU}", "binds"), lines)
+        yield from ("", f"Forward + backward, ours over the best peer's; {about(record)}.", "")
+
+
+def _both_directions(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
+    """Each operator's sums over its directions: ours, and those of peers that have every direction."""
+    sums: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        if row["architecture"] == known.ARCHITECTURE and not row.get("note") and known.GPU in row["bounds"]:
+            sums[row["name"]][row["side"]].append(row)
+    for name, sides in sums.items():
+        directions = max(len(found) for side, found in sides.items() if is_ours(found[0]))
+        whole = [_sum(name, found) for found in sides.values() if len(found) == directions]
+        ours = next((row for row in whole if is_ours(row)), None)
+        if ours:
+            yield ours, [row for row in whole if row is not ours]
+
+
+def _sum(name: str, rows: Sequence[Row]) -> Row:
+    bounds = [row["bounds"][known.GPU] for row in rows]
+    return {
+        "name": name,
+        "side": rows[0]["side"],
+        "instructions": sum(row["instructions"] for row in rows),
+        "dram_bytes": sum(row["dram_bytes"] for row in rows),
+        "bound": sum(bound["microseconds"] for bound in bounds),
+        "unit": max(bounds, key=lambda bound: bound["microseconds"])["unit"],
+    }
+
+
+def full(record: Record) -> Iterator[str]:
+    """Every table: counts and bounds by architecture, the model's error, goals, our kernels."""
+    rows = [row for row in record["rows"] if not row.get("note")]
+    for architecture in dict.fromkeys(row["architecture"] for row in rows):
+        some = [row for row in rows if row["architecture"] == architecture]
+        gpus = list(dict.fromkeys(gpu for row in some for gpu in row["bounds"]))
+        yield from _counts_table(architecture, some, gpus)
+    yield from _error_table(record)
+    yield from _goals_table(rows)
+    yield from _kernels_table(rows)
+    for row in record["rows"]:
+        if row.get("note"):
+            yield f"- {row['name']}, {row['case']}, {row['side']}: {row['note']}"
+    yield ""
+
+
+def _counts_table(architecture: str, rows: Sequence[Row], gpus: Sequence[str]) -> Iterator[str]:
+    heads = (architecture, "instructions", "special", "tensor", "DRAM", "useful", "conflicts")
+    lines: list[list[str]] = []
+    for group in groups(rows):
+        ratios = [best(group, figure) for figure in ("instructions", "", "", "dram_bytes") if figure]
+        lines.append([f"**{group[0]['name']}, {group[0]['direction']}**", *[""] * (6 + len(gpus))])
+        for row in group:
+            bounds = [f"{b['microseconds']:,.1f} µs {b['unit']}" for b in row["bounds"].values()]
+            lines.append([row["side"], *_figures(row), *bounds])
+        if matmuls := matmul_row(group, gpus):
+            sizes = [f"{matmuls['tensor_flops']:,.1f} GFLOP", f"{matmuls['dram_bytes']:,.1f} MB"]
+            lines.append([matmuls["side"], "", "", *sizes, "", "", *(matmuls[gpu] for gpu in gpus)])
+        if any(peer for peer, _ in ratios):
+            (_, instructions), (_, moved) = ratios
+            bounds = [f"{best(group, '', gpu)[1]:.2f}" for gpu in gpus]
+            lines.append(
+                ["ours over the best peer's", f"{instructions:.2f}", "", "", f"{moved:.2f}", "", "", *bounds]
+            )
+    if lines:
+        yield from markdown((*heads, *(f"bound, {gpu}" for gpu in gpus)), lines)
+        yield ""
+
+
+def _figures(row: Row) -> Iterator[str]:
+    yield f"{row['instructions'] / 1e6:,.1f} M"
+    yield f"{row['special'] / 1e6:,.1f} M" if row["special"] else "–"
+    yield f"{row['tensor_flops'] / 1e9:,.1f} GFLOP" if row["tensor_flops"] else "–"
+    yield f"{row['dram_bytes'] / 1e6:,.1f} MB"
+    for share in (useful(row), conflicts(row)):
+        yield "–" if share is None else f"{share:.0%}"
+
+
+def _error_table(record: Record) -> Iterator[str]:
+    found = list(known.errors(record))
+    if found:
+        heads = (
+            f"the model's error, {known.GPU}",
+            "implementation",
+            "bound",
+            "measured",
+            "bound over measured",
+        )
+        lines = [
+            (
+                f"{e.name}, {e.direction}",
+                e.side,
+                f"{e.bound:.3f} ms ({e.unit})",
+                f"{e.measured:.3f} ms",
+                f"{e.share:.0%}",
+            )
+            for e in found
+        ]
+        yield from markdown(heads, lines)
+        yield ""
+
+
+def _goals_table(rows: Sequence[Row]) -> Iterator[str]:
+    found = list(goals(rows))
+    if found:
+        lines = [(f"{g.operator}, {g.direction}", g.what, g.figure, g.limit, g.verdict) for g in found]
+        yield from markdown(("goal", "", "figure", "limit", ""), lines)
+        yield ""
+
+
+def _kernels_table(rows: Sequence[Row]) -> Iterator[str]:
+    """What a multiprocessor holds of each kernel of ours."""
+    heads = (
+        "our kernels",
+        "GPU",
+        "warps",
+        "registers",
+        "shared memory",
+        "resident programs",
+        "limit",
+        "waves",
+        "in flight",
+    )
+    lines: dict[tuple[str, ...], None] = {}  # the same launch again adds nothing
+    for row in rows:
+        for launch in row["launches"] if is_ours(row) else ():
+            for gpu, resident in launch["resident"].items():
+                lines[_kernel(row, launch, gpu, resident)] = None
+    if lines:
+        yield from markdown(heads, list(lines))
+        yield ""
+
+
+def _kernel(row: Row, launch: Row, gpu: str, resident: dict[str, Any]) -> tuple[str, ...]:
+    waves = "–" if resident["waves"] is None else f"{resident['waves']:.2f}"
+    return (
+        f"{row['name']}, {row['direction']}: `{launch['kernel']}`",
+        gpu,
+        str(launch["warps"]),
+        str(launch["registers"]) + (f", spills {launch['spilled']} B" if launch["spilled"] else ""),
+        f"{launch['shared_bytes'] / 1024:.1f} KiB",
+        str(resident["programs"]),
+        resident["limit"],
+        waves,
+        f"{launch['in_flight'] / 1024:.1f} KiB" if launch["in_flight"] else "–",
+    )
