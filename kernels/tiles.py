@@ -90,9 +90,9 @@ class OnePassTile(NamedTuple):
     rows: int  # queries; 0: two passes
     warps: int
     stages: int  # of the loop over queries
-    programs: int  # per multiprocessor; each owns a head
+    programs: int  # per multiprocessor; each owns a head at a time
     busy: int  # percent of these programs that must have a head, averaged over the kernel's run time
-    cached: int  # MiB that the dq accumulators of the heads in flight may take
+    cached: int  # MiB that the dq accumulators may take, one for each program
     origin: str
 
 

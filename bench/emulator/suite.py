@@ -283,7 +283,7 @@ def _rows() -> Iterator[Check]:
 
 
 TWO_PASSES = ("forward_kernel", "query_kernel", "key_kernel")
-ONE_PASS = ("forward_kernel", "prepare_kernel", "one_pass_kernel", "finish_kernel")
+ONE_PASS = ("forward_kernel", "one_pass_kernel")
 
 
 def _attention() -> Iterator[Check]:

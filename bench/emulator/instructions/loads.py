@@ -177,7 +177,7 @@ def nothing(machine: "Machine", ins: Instruction) -> "Operation":
 
 @opcode("fence")
 def fence(machine: "Machine", ins: Instruction) -> "Operation":
-    if ins.parts[1:3] == ["proxy", "async"]:
+    if ins.parts[1:3] == ["proxy", "async"] and "global" not in ins.parts:
         return machine.shared.fence_proxy
     return lambda mask: None
 

@@ -48,7 +48,7 @@ def query_kernel(
     do_tile = load(do_head, start_m, meta.BLOCK_M, True, meta)
     o_tile = load(o_head, start_m, meta.BLOCK_M, True, meta)
     delta = tl.sum(o_tile.to(tl.float32) * do_tile.to(tl.float32), 1) * keep_prob
-    lse_i = store_stats(stats, lse, delta, bh, offs_m, q_len, padded)
+    lse_i = store_stats(stats, lse, delta, bh, bh, start_m, q_len, padded, meta.BLOCK_M)
     q_tile = load(q_head, start_m, meta.BLOCK_M, True, meta)
     acc = tl.zeros((meta.BLOCK_M, meta.BLOCK_D), tl.float32)
     for MASKED in tl.static_range(first_key is not None, 2):
@@ -91,7 +91,7 @@ def key_kernel(
     dv_head = head_of(dv, dk_strides, batch, head, k_len)
     start_n = index * meta.BLOCK_N  # the first keys are seen by the most queries
     dk_tile, dv_tile = key_gradients(
-        q_head, k_head, v_head, do_head, stats, None, first_key, key, bh, start_n, padded, threshold, scale, meta
+        q_head, k_head, v_head, do_head, stats, None, first_key, key, bh, bh, start_n, padded, threshold, scale, meta
     )  # fmt: skip
     store(dk_head, dk_tile * grad_scale, start_n, meta.BLOCK_N, meta)
     store(dv_head, dv_tile * keep_scale, start_n, meta.BLOCK_N, meta)

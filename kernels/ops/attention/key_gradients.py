@@ -7,10 +7,12 @@ from .tile_io import add, as_operand, load, load_stats
 
 
 @triton.jit
-def key_gradients(q, k, v, do, stats, dq_acc, first_key, key, bh, start_n, padded, threshold, scale, meta):
+def key_gradients(
+    q, k, v, do, stats, dq_acc, first_key, key, bh, row, start_n, padded, threshold, scale, meta
+):
     """Unscaled dk and dv of the key tile at start_n: two (BLOCK_N, BLOCK_D) in float32.
 
-    q, k, v and do are heads. Where dq_acc is not None, what these keys contribute to dq is added to it, unscaled too.
+    q, k, v and do are heads; `row` is theirs in stats and dq_acc. Where dq_acc is not None, what these keys contribute to dq is added to it, unscaled too.
     S is transposed here, (BLOCK_N, BLOCK_M), so that P and dS multiply from registers.
     """
     q_len, k_len = q.length, k.length
@@ -29,7 +31,7 @@ def key_gradients(q, k, v, do, stats, dq_acc, first_key, key, bh, start_n, padde
             offs_m = start_m + tl.arange(0, meta.BLOCK_M)
             q_tile = load(q, start_m, meta.BLOCK_M, MASKED, meta)
             do_tile = load(do, start_m, meta.BLOCK_M, MASKED, meta)
-            lse_i = load_stats(stats, 2 * bh, start_m, padded, meta.BLOCK_M)
+            lse_i = load_stats(stats, 2 * row, start_m, padded, meta.BLOCK_M)
             qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             p = tl.exp2(qk * scale - lse_i[None, :])
             if MASKED:
@@ -37,7 +39,7 @@ def key_gradients(q, k, v, do, stats, dq_acc, first_key, key, bh, start_n, padde
                 p = tl.where(visible(offs_m, offs_n, first, q_len, k_len, meta.CAUSAL, True), p, 0.0)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
             if dq_acc is None:
-                delta = load_stats(stats, 2 * bh + 1, start_m, padded, meta.BLOCK_M)
+                delta = load_stats(stats, 2 * row + 1, start_m, padded, meta.BLOCK_M)
             dropped = p
             if key is not None:
                 keep = keep_scores(key, bh, offs_m[None, :], offs_n[:, None], threshold)
@@ -46,10 +48,10 @@ def key_gradients(q, k, v, do, stats, dq_acc, first_key, key, bh, start_n, padde
             dv = tl.dot(as_operand(dropped, do_tile.dtype, meta), do_tile, dv, input_precision="ieee")
             # this late it saves 16 registers; in two passes matmuls would be serialized
             if dq_acc is not None:
-                delta = load_stats(stats, 2 * bh + 1, start_m, padded, meta.BLOCK_M)
+                delta = load_stats(stats, 2 * row + 1, start_m, padded, meta.BLOCK_M)
             ds = (p * (dp - delta[None, :])).to(q_tile.dtype)
             dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
             if dq_acc is not None:
                 dq = tl.dot(tl.trans(ds), k_tile, input_precision="ieee")
-                add(dq_acc, bh, start_m, padded, dq, meta.BLOCK_M, meta)
+                add(dq_acc, row, start_m, padded, dq, meta.BLOCK_M, meta)
     return dk, dv

@@ -16,13 +16,12 @@ For A = B · H · D, s bytes an element and n visible pairs of a query and a key
 
     forward      2 matmuls, 4 n D FLOPs                           (Tq + 2 Tk + Tq) A s bytes: q, k, v in, O out
     two passes   7 matmuls, 14 n D FLOPs: dQ 3, dK and dV 4       twice q, k, v and dO in, O in, dQ, dK, dV out
-    one pass     5 matmuls, 10 n D FLOPs                          q, k, v, O in, dO twice, dQ, dK, dV out, and dQ in
-                                                                  float32: zeroed, summed, read, 4 Tq A bytes each
+    one pass     5 matmuls, 10 n D FLOPs                          q, k, v, O and dO in, dQ, dK, dV out
 
 and 4 B · H · Tq bytes of float32 for the log-sum-exp and, within the backward, twice that again for it and delta, in
 whole tiles. Keys and values are read once for every query tile, all but the first time from the cache. Both backwards
 are deterministic: in two passes no program adds to another's sum, in one pass a program owns a head, whose dQ it sums in
-the cache, 8 n D / BLOCK_N bytes there and back. One pass takes fewer matmuls and exponentials, and one hash of each
+the cache, 8 n D / BLOCK_N bytes there and back, in an accumulator of 4 Tq D bytes that it uses again for its next head. One pass takes fewer matmuls and exponentials, and one hash of each
 dropout word instead of two; two passes take any number of heads.
 
 On Hopper and Blackwell tiles are loaded by tensor descriptors, elsewhere and from odd strides by pointers, by the same
@@ -56,7 +55,7 @@ from ...tiles import (
     next_power_of_two,
 )
 from .backward import key_kernel, query_kernel
-from .backward_one_pass import finish_kernel, one_pass_kernel, prepare_kernel
+from .backward_one_pass import one_pass_kernel
 from .forward import forward_kernel
 from .tile_io import Meta, Strides
 
@@ -118,29 +117,23 @@ def _launch_backward(
     one_pass = _one_pass_tile(q, k, v, do, o)
     tile = one_pass or _tile(ATTENTION_KEY, q, k, v, do, o)
     padded = triton.cdiv(q_len, tile.rows) * tile.rows
-    stats = lse.new_empty((2 * heads, padded))
+    # a program of the one pass takes several heads, one after the other
+    programs = min(heads, hardware(q.device).multiprocessors * one_pass.programs) if one_pass else heads
+    stats = lse.new_empty((2 * programs, padded))
     sources = _sources((q, tile.rows), (k, tile.block), (v, tile.block), (do, tile.rows), (stats, tile.rows))
     strides = _strides(q), _strides(k), _strides(v), _strides(do)
     lengths, options = (n_head, q_len, k_len, padded), _options(p, stream, scale)
     dropped = attention_threshold(p) / ATTENTION_LEVELS
     keep_prob, kept = 1.0 - dropped, keep_scale(dropped)
     if one_pass:
-        tiles, light = heads * padded // tile.rows, tile._replace(warps=4)
-        dq_acc = lse.new_empty((heads, padded, head_dim))
+        dq_acc = lse.new_empty((programs, padded, head_dim))
         # the interpreter cannot add by descriptor
         added = dq_acc if INTERPRETED else _descriptor(dq_acc, tile.rows)
         _run(
-            prepare_kernel, tiles, light, q, False,
-            o, do, lse, stats, dq_acc, _strides(do), n_head, q_len, padded, keep_prob,
-        )  # fmt: skip
-        _run(
-            one_pass_kernel, heads, tile, q, causal,
-            *sources, added, dk, dv, first_key, seed, *strides, _gradient_strides(dk),
-            *lengths, *options, kept, kept * scale,
-        )  # fmt: skip
-        _run(
-            finish_kernel, tiles, light, q, False,
-            dq_acc, dq, _gradient_strides(dq), n_head, q_len, padded, kept * scale,
+            one_pass_kernel, programs, tile, q, causal,
+            *sources[:3], o, sources[3], lse, sources[4], added, dq, dk, dv, first_key, seed, *strides,
+            _gradient_strides(dq), _gradient_strides(dk),
+            heads, *lengths, *options, keep_prob, kept, kept * scale,
         )  # fmt: skip
         return
     query = _tile(ATTENTION_QUERY, q, k, v, do, o)

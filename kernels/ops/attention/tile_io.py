@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
 
-NOT_SPECIALISED = ["n_head", "q_len", "k_len", "padded", "group", "stream", "threshold"]
+NOT_SPECIALISED = ["heads", "n_head", "q_len", "k_len", "padded", "group", "stream", "threshold"]
 
 
 class Strides(NamedTuple):
@@ -65,7 +65,7 @@ def head_of(x, strides, batch, head, length):
     if isinstance(x, tl.tensor_descriptor):
         return Head(x, batch, head, strides.t, length)
     else:
-        start = x + batch.to(tl.int64) * strides.b + head.to(tl.int64) * strides.h
+        start = x + tl.cast(batch, tl.int64) * strides.b + tl.cast(head, tl.int64) * strides.h
         return Head(start, batch, head, strides.t, length)
 
 
@@ -77,9 +77,9 @@ def head_of_contiguous(x, n_head, batch, head, length, meta):
 
 
 @triton.jit
-def rows_of(x, bh, padded, meta):
-    """The rows of x[bh], for x a pointer to a contiguous (B · H, padded, D)."""
-    return Head(x + bh.to(tl.int64) * padded * meta.HEAD_DIM, 0, bh, meta.HEAD_DIM, padded)
+def _rows_of(acc, row, padded, meta):
+    """acc[row], for acc a pointer to a contiguous (rows, padded, D)."""
+    return Head(acc + row.to(tl.int64) * padded * meta.HEAD_DIM, 0, row, meta.HEAD_DIM, padded)
 
 
 @triton.jit
@@ -156,35 +156,62 @@ def load_stats(stats, row, start, padded, ROWS: tl.constexpr):
 
 
 @triton.jit
-def store_stats(stats, lse, delta, bh, offs_m, q_len, padded):
-    """Write what `load_stats` reads: lse in row 2 · bh, delta in row 2 · bh + 1. Returns lse.
+def store_stats(stats, lse, delta, bh, row, start, q_len, padded, ROWS: tl.constexpr):
+    """Write what `load_stats` reads: lse[bh] in row 2 · row, delta in row 2 · row + 1. Returns lse.
 
     Rows beyond q_len get +inf, and so a P of exp2(-inf) = 0.
     """
-    lse_i = tl.load(lse + bh.to(tl.int64) * q_len + offs_m, mask=offs_m < q_len, other=float("inf"))
-    pointers = stats + 2 * bh.to(tl.int64) * padded + offs_m
-    tl.store(pointers, lse_i, mask=offs_m < padded)
-    tl.store(pointers + padded, delta, mask=offs_m < padded)
+    offs_m = start + tl.arange(0, ROWS)
+    lse_i = tl.load(lse + tl.cast(bh, tl.int64) * q_len + offs_m, mask=offs_m < q_len, other=float("inf"))
+    if isinstance(stats, tl.tensor_descriptor):
+        stats.store([2 * row, start], lse_i.reshape(1, ROWS))
+        stats.store([2 * row + 1, start], delta.reshape(1, ROWS))
+    else:
+        pointers = stats + 2 * row.to(tl.int64) * padded + offs_m
+        tl.store(pointers, lse_i, mask=offs_m < padded)
+        tl.store(pointers + padded, delta, mask=offs_m < padded)
     return lse_i
 
 
 @triton.jit
-def add(acc, bh, start, padded, value, ROWS: tl.constexpr, meta):
-    """acc[bh, start : start + ROWS] += value, for acc (B · H, padded, D). No other program adds to this head."""
+def load_scratch(acc, row, start, padded, ROWS: tl.constexpr, meta):
+    """acc[row, start : start + ROWS], for acc (rows, padded, D)."""
     if isinstance(acc, tl.tensor_descriptor):
-        acc.atomic_add([bh, start, 0], value.reshape(1, ROWS, meta.BLOCK_D))
+        return acc.load([row, start, 0]).reshape(ROWS, meta.BLOCK_D)
     else:
-        pointers = _pointers(rows_of(acc, bh, padded, meta), start, ROWS, meta)
+        return load(_rows_of(acc, row, padded, meta), start, ROWS, False, meta)
+
+
+@triton.jit
+def store_scratch(acc, row, start, padded, value, ROWS: tl.constexpr, meta):
+    """acc[row, start : start + ROWS] = value, by the engine that adds to it where there is one."""
+    if isinstance(acc, tl.tensor_descriptor):
+        acc.store([row, start, 0], value.reshape(1, ROWS, meta.BLOCK_D))
+    else:
+        store(_rows_of(acc, row, padded, meta), value, start, ROWS, meta)
+
+
+@triton.jit
+def add(acc, row, start, padded, value, ROWS: tl.constexpr, meta):
+    """acc[row, start : start + ROWS] += value. No other program adds to this row."""
+    if isinstance(acc, tl.tensor_descriptor):
+        acc.atomic_add([row, start, 0], value.reshape(1, ROWS, meta.BLOCK_D))
+    else:
+        pointers = _pointers(_rows_of(acc, row, padded, meta), start, ROWS, meta)
         mask = tl.arange(0, meta.BLOCK_D)[None, :] < meta.HEAD_DIM
         tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + value, mask=mask)
 
 
 @triton.jit
-def wait_for_adds(acc):
-    """Wait until what this program added is in memory, before it adds to the same place again: sums have one order."""
+def wait_for_scratch(acc):
+    """Wait until what this program wrote and added is in memory, before it reads that or adds to it again: sums have one order.
+
+    The copy engine writes and reads in the asynchronous proxy, whose accesses the fence puts in order. (PTX ISA, 9.7.13.4 membar/fence)
+    """
     if isinstance(acc, tl.tensor_descriptor):
         # Triton before 3.9 waits until the engine has read the shared memory, not until it has written
         tl.inline_asm_elementwise(
-            "cp.async.bulk.wait_group 0; mov.b32 $0, $1;", "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1
-        )
+            "cp.async.bulk.wait_group 0; fence.proxy.async.global; mov.b32 $0, $1;",
+            "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
     tl.debug_barrier()
