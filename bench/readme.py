@@ -110,8 +110,8 @@ def full_block(newest: Newest, folder: Path) -> str:
         ]
         lines += [f"**{title}**: {', '.join(about)}; `bench/results/{file.name}`", ""]
         if kind == "counts":
-            picture = ["![Busy time of every unit, ours beside peers](bench-counts.png)", ""]
-            lines += [pages.about(record) + ".", "", *pages.full(record), *picture]
+            lines += [pages.about(record) + ".", "", *pages.full(record)]
+            lines += ["![Work of every unit, ours beside peers](bench-counts.png)", ""]
             continue
         lines += [*_step_table(record["rows"]), *_ops_table(record["rows"])]
         for name, text in (

@@ -20,7 +20,7 @@ ARITHMETIC = ("tensor", "special")
 COLUMNS: tuple[table.Column, ...] = (
     ("", "<32", "operator", "    {}"),
     ("", "<19", "direction", "{}"),
-    ("", "<19", "what", "{}"),
+    ("", "<24", "what", "{}"),
     ("", ">9", "figure", "{}"),
     ("", "<38", "limit", "  {}"),
     ("", "", "verdict", "{}"),
@@ -113,15 +113,20 @@ def _binding(group: Sequence[Row], units: Sequence[str]) -> Goal:
 def _least_bytes(group: Sequence[Row], factor: float) -> Iterator[Goal]:
     ours = group[0]
     least = least_bytes(ours["name"], ours["direction"], ours["sizes"])
-    ratio = ours["dram_bytes"] / least
+    ratio = sum(launch["dram_read"] + launch["dram_written"] for launch in ours["launches"]) / least
     met = ratio <= factor
     yield Goal(
-        ours["name"], ours["direction"], "DRAM bytes", f"{ratio:.3f} x", f"≤ {factor:g} x the least", met
+        ours["name"],
+        ours["direction"],
+        "its kernels' DRAM bytes",
+        f"{ratio:.3f} x",
+        f"≤ {factor:g} x the least",
+        met,
     )
 
 
 def least_bytes(name: str, direction: str, sizes: dict[str, float]) -> float:
-    """What an operator's kernels must move, as its docstring counts; the library's matmuls stand apart.
+    """What an operator's kernels must move, as its docstring counts; what it leaves to the library stands apart.
 
     Args:
         name: of the case.
@@ -138,8 +143,8 @@ def least_bytes(name: str, direction: str, sizes: dict[str, float]) -> float:
         operator == "linear_cross_entropy"
     ):  # the logits of every chunk read and their gradients written over them
         return BF16 * 2 * sizes["N"] * sizes["V"]
-    if operator == "gelu_mlp":
-        return BF16 * 4 * sizes["M"] * sizes["C"] * {FORWARD: 2, BACKWARD: 4}[direction]
+    if operator == "gelu_mlp":  # of rows of 4 C; the bias gradient of the second matmul reads dy, rows of C
+        return BF16 * sizes["M"] * sizes["C"] * {FORWARD: 8, BACKWARD: 17}[direction]
     tensors = {
         "layer_norm": {FORWARD: 2, BACKWARD: 3},
         "add_layer_norm": {FORWARD: 4, BACKWARD: 5 if drop else 4},

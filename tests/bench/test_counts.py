@@ -98,11 +98,17 @@ def test_goals_of_layer_norm() -> None:
     ours, liger = row("fusedgpt", work(0.8e6)), row(LIGER, work(1e6))
     assert verdicts(ours, liger) == {
         (*key, what): True
-        for what in ("instructions", "DRAM bytes", "binding unit, H200", "bank conflicts", "useful sectors")
+        for what in (
+            "instructions",
+            "its kernels' DRAM bytes",
+            "binding unit, H200",
+            "bank conflicts",
+            "useful sectors",
+        )
     }
     assert verdicts(ours)[*key, "instructions"] is None
     assert not verdicts(row("fusedgpt", work(0.81e6)), liger)[*key, "instructions"]
-    assert not verdicts(row("fusedgpt", work(moved=1.031 * LEAST)))[*key, "DRAM bytes"]
+    assert not verdicts(row("fusedgpt", work(moved=1.031 * LEAST)))[*key, "its kernels' DRAM bytes"]
     assert not verdicts(row("fusedgpt", work(5e8)))[*key, "binding unit, H200"]
     assert not verdicts(row("fusedgpt", work(shared_wavefronts=106.0)))[*key, "bank conflicts"]
     assert not verdicts(row("fusedgpt", work(asked_bytes=0.96 * LEAST)))[*key, "useful sectors"]
