@@ -4,6 +4,7 @@ Each implementation of each operator is a job; all cores' processes do them. The
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,12 +16,17 @@ from ..ops.cases import OURS
 from ..timing import failure
 from . import goals, regression, report
 from .measure import Case, Measured, cases, measure
+from .peers.measure import measure_peer
+from .peers.table import TABLE
 from .rates import GPUS
 from .report import Row
 
 OPERATORS = tuple(dict.fromkeys(case.example.operator for case in cases()))
 # by implementation: what counts it
-COUNTERS: dict[str, Callable[[Case, str], list[Measured]]] = {OURS: measure}
+COUNTERS: dict[str, Callable[[Case, str], list[Measured]]] = {
+    OURS: measure,
+    **{package: partial(measure_peer, package) for package in TABLE},
+}
 
 
 class Job(NamedTuple):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .machine import Machine
 
 Control = Callable[["Strand"], bool]
+FAIRNESS = 16  # of so many turns the strand that is furthest in the code has one
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Strand:
 class Scheduler:
     def __init__(self, machine: "Machine"):
         self.machine, self.threads = machine, machine.threads
+        self.picks = 0
 
     def run(self) -> None:
         threads = self.threads
@@ -77,7 +79,9 @@ class Scheduler:
         if self.machine.random_order:
             owner = self.machine.random.choice(sorted({s.owner for s in ready}))
             ready = [s for s in ready if s.owner == owner]
-        return min(ready, key=lambda s: s.pc)
+        # the last in the code has a turn too: it may hold the lock for which the first one spins
+        self.picks += 1
+        return (min if self.picks % FAIRNESS else max)(ready, key=lambda s: s.pc)
 
     def part_of_a_warp(self) -> Strand:
         """Nothing can run but parts of warps at a warp-synchronous instruction, which is an error of the kernel.

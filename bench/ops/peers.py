@@ -18,14 +18,22 @@ Load = Callable[..., Peer | None]
 
 
 def optional(package: str, name: str = "{}") -> Callable[[Load], Load]:
-    """A loader whose imports may fail. name: of the implementation, with {} for the package and its version."""
+    """A loader whose imports may fail; the function that it wraps raises.
+
+    Args:
+        name: of the implementation, with {} for the package and its version.
+    """
 
     def decorate(load: Load) -> Load:
         @wraps(load)
+        def named(*args: Any) -> Peer | None:
+            peer = load(*args)
+            return peer and {"name": name.format(f"{package} {version(package)}"), **peer}
+
+        @wraps(named)
         def loaded(*args: Any) -> Peer | None:
             try:
-                peer = load(*args)
-                return peer and {"name": name.format(f"{package} {version(package)}"), **peer}
+                return named(*args)
             except Exception as error:  # a package for GPUs may fail in any way where it finds none
                 left_out(package, str(error))
                 return None

@@ -79,6 +79,18 @@ ONE = "ld.global.b32 %r2, [%rd3]; {}; st.global.b32 [%rd3], %r3"
         ("cvt.rzi.s32.f32 %r3, %r2", 0xC02CCCCD, 0xFFFFFFFE),  # -2.7
         ("ex2.approx.f32 %r3, %r2", 0x40400000, 0x41000000),  # 2^3
         ("add.rn.bf16x2 %r3, %r2, %r2", 0x3F804000, 0x40004080),
+        # 1 + 1.5 * 2^-24 lies nearer to the number above 1; so below 0
+        ("add.rn.f32 %r3, %r2, 0f33C00000", 0x3F800000, 0x3F800001),
+        ("add.rz.f32 %r3, %r2, 0f33C00000", 0x3F800000, 0x3F800000),
+        ("add.rz.ftz.f32 %r3, %r2, 0fB3C00000", 0xBF800000, 0xBF800000),
+        ("add.rm.f32 %r3, %r2, 0f33C00000", 0x3F800000, 0x3F800000),
+        ("add.rp.f32 %r3, %r2, 0f33000000", 0x3F800000, 0x3F800001),
+        ("fma.rm.ftz.f32 %r3, %r2, 0f3F800000, 0fB3000000", 0x3F800000, 0x3F7FFFFF),
+        ("cvt.ftz.sat.f32.f32 %r3, %r2", 0xC0000000, 0),
+        ("cvt.ftz.sat.f32.f32 %r3, %r2", 0x40000000, 0x3F800000),
+        ("cvt.sat.f32.f32 %r3, %r2", 0x3F000000, 0x3F000000),
+        ("cvt.sat.f32.f32 %r3, %r2", 0x7FC00000, 0),
+        ("createpolicy.fractional.L2::evict_first.b64 %rd4, 1.0; ld.global.L2::cache_hint.b32 %r3, [%rd3], %rd4", 7, 7),
         ("setp.gt.s32 %p1, %r2, 3; selp.b32 %r3, 1, 2, %p1", 4, 1),
         ("setp.neu.f32 %p1, %r2, %r2; selp.b32 %r3, 1, 0, %p1", 0x7FC00000, 1),
         ("shfl.sync.bfly.b32 %r4, %r2, 1, 31, -1; mov.b32 %r3, %r4", 9, 9),
@@ -133,6 +145,21 @@ def test_a_copy_that_nobody_waits_for(timing: str) -> None:
     assert not run(copy.format("cp.async.wait_group 0;"), values, timing=timing)
     assert (values == np.arange(32)).all()
     assert {f.split(":")[0] for f in run(copy.format(""), values, timing=timing)} == {"async"}
+
+
+def test_programs_that_spin_for_a_lock() -> None:
+    body = """mov.u32 %r5, %tid.x; setp.ne.u32 %p1, %r5, 0; @%p1 bra $L__BB0_2;
+        $L__BB0_1: atom.global.cas.b32 %r2, [%rd1], 0, 1; setp.ne.u32 %p2, %r2, 0; @%p2 bra $L__BB0_1;
+        ld.global.b32 %r3, [%rd1+4]; add.s32 %r3, %r3, 1; st.global.b32 [%rd1+4], %r3; atom.global.exch.b32 %r2, [%rd1], 0;
+        $L__BB0_2: mov.u32 %r5, 0"""
+    module = parse(PROGRAM.format(body=body, threads=32))
+    machine = Machine(module, 32, 4, 128, "early", False)
+    values = np.zeros(32, np.uint32)
+    parameters = np.zeros(module.parameter_bytes + 64, np.uint8)
+    parameters[:8] = np.array([values.ctypes.data], np.uint64).view(np.uint8)
+    memory = GlobalMemory([Region(values.ctypes.data, values.nbytes, "values")])
+    machine.run([(i, 0, 0) for i in range(4)], (4, 1, 1), parameters, {}, memory, 0)
+    assert values[:2].tolist() == [0, 4]
 
 
 def test_programs_that_race_for_an_address() -> None:

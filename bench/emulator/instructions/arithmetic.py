@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from ..machine import Machine, Operation
 
 SMALLEST_NORMAL = np.float32(2.0**-126)
-ROUNDINGS = {"rz", "rm", "rp", "sat"}  # of those that are not to the nearest, and saturation
+# Directions of rounding: what lies beyond the exact value, and where to go from there.
+DIRECTIONS: dict[str, tuple[Callable, float]] = {
+    "rz": (lambda x, exact: np.abs(x) > np.abs(exact), 0.0),
+    "rm": (np.greater, -np.inf),
+    "rp": (np.less, np.inf),
+}
 
 
 def flush(x: np.ndarray) -> np.ndarray:
@@ -42,6 +47,19 @@ def flush(x: np.ndarray) -> np.ndarray:
 
 def flushed(function: Callable) -> Callable:
     return lambda *sources: flush(function(*map(flush, sources)))
+
+
+def directed(ins: Instruction, function: Callable) -> Callable:
+    """In float64, then to the float32 that is next in the direction of .rz, .rm or .rp."""
+    (direction,) = DIRECTIONS.keys() & {*ins.parts}
+    beyond, towards = DIRECTIONS[direction]
+
+    def rounded(*sources: np.ndarray) -> np.ndarray:
+        exact = function(*(source.astype(F64) for source in sources))
+        nearest = exact.astype(F32)
+        return np.where(beyond(nearest, exact), np.nextafter(nearest, F32(towards)), nearest)
+
+    return rounded
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -108,8 +126,12 @@ def arithmetic(machine: "Machine", ins: Instruction, function: Any) -> "Operatio
         return mixed(machine, ins, function)
     if is_half(ins):
         return half(machine, ins, function)
-    if ROUNDINGS & {*ins.parts}:
+    if DIRECTIONS.keys() & {*ins.parts} and ins.type == "f32":
+        function = directed(ins, function)
+    elif DIRECTIONS.keys() & {*ins.parts}:
         raise Unsupported(f"the rounding of {ins.op}")
+    if "sat" in ins.parts:
+        raise Unsupported(f"the saturation of {ins.op}")
     if ins.type == "f32x2" and "ftz" not in ins.parts:
         return pair(machine, ins, function)
     return elementwise(machine, ins, flushed(function) if "ftz" in ins.parts else function)
@@ -176,8 +198,10 @@ def fma(machine: "Machine", ins: Instruction) -> "Operation":
         return half(machine, ins, lambda a, b, c: a * b + c)
     if ins.type == "f32x2" and ins.parts[1:] == ["rn", "f32x2"]:
         return pair(machine, ins, lambda a, b, c: a.astype(F64) * b + c)
-    if ins.type != "f32" or "rn" not in ins.parts or "sat" in ins.parts:
+    if ins.type != "f32" or "sat" in ins.parts:
         raise Unsupported(ins.op)
+    if "rn" not in ins.parts:
+        return arithmetic(machine, ins, lambda a, b, c: a * b + c)
     target, a, b, c = operands(machine, ins, F32)
     total = np.empty(machine.n, F64)
 

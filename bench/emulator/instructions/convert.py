@@ -6,14 +6,14 @@ import numpy as np
 
 from ..ptx import Instruction
 from ..threads import Unsupported
-from .arithmetic import HALVES, flush
-from .table import F32, F64, TYPES, U16, U32, bits, is_float, opcode, put
+from .arithmetic import HALVES, flush, flushed
+from .table import F32, F64, TYPES, U16, U32, bits, elementwise, is_float, opcode, put
 
 if TYPE_CHECKING:
     from ..machine import Machine, Operation
 
 TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
-MODIFIERS = {"rn", "rz", "ftz", *TO_INTEGER}
+MODIFIERS = {"rn", "rz", "ftz", "sat", *TO_INTEGER}
 
 
 @opcode("cvt")
@@ -22,7 +22,11 @@ def convert(machine: "Machine", ins: Instruction) -> "Operation":
     modifiers = {*ins.parts[1:-2]}
     if modifiers - MODIFIERS:
         raise Unsupported(ins.op)
-    rounding = next((m for m in modifiers if m != "ftz"), None)
+    rounding = next((m for m in modifiers if m not in ("ftz", "sat")), None)
+    if "sat" in modifiers:
+        if modifiers - {"sat", "ftz"} or (to, of) != ("f32", "f32"):
+            raise Unsupported(ins.op)
+        return elementwise(machine, ins, flushed(saturated) if "ftz" in modifiers else saturated)
     if to.removesuffix("x2") in HALVES and of == "f32":
         return narrow(machine, ins, to, rounding)
     if of == "bf16" and to == "f32":
@@ -33,6 +37,11 @@ def convert(machine: "Machine", ins: Instruction) -> "Operation":
     if is_float(TYPES[to]):
         return to_float(machine, ins, TYPES[to], TYPES[of], rounding, "ftz" in modifiers)
     return to_integer(machine, ins, TYPES[to], TYPES[of], rounding)
+
+
+def saturated(x: np.ndarray) -> np.ndarray:
+    """.sat: to [0, 1], NaN to 0."""
+    return np.fmin(np.fmax(x, F32(0)), F32(1))
 
 
 def narrow(machine: "Machine", ins: Instruction, to: str, rounding: str | None) -> "Operation":

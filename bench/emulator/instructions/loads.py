@@ -175,6 +175,13 @@ def nothing(machine: "Machine", ins: Instruction) -> "Operation":
     return lambda mask: None
 
 
+@opcode("createpolicy")
+def cache_policy(machine: "Machine", ins: Instruction) -> "Operation":
+    """How long the L2 cache is to keep what a load or store touches: a hint, which nothing here reads."""
+    target = machine.target(ins.args[0], U64)
+    return lambda mask: put(target, U64(0), mask)
+
+
 @opcode("fence")
 def fence(machine: "Machine", ins: Instruction) -> "Operation":
     if ins.parts[1:3] == ["proxy", "async"] and "global" not in ins.parts:
