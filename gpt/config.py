@@ -15,6 +15,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "n_layer": ("n_layers", "num_layers", "num_hidden_layers"),
     "context_length": ("context_len", "block_size", "n_positions", "n_ctx", "max_position_embeddings"),
     "tie_weights": ("tie_word_embeddings", "weight_tying"),
+    "gelu": ("activation_function",),
     "embd_dropout": ("embd_pdrop",),
     "attn_dropout": ("attn_pdrop",),
     "resid_dropout": ("resid_pdrop",),
@@ -22,6 +23,10 @@ ALIASES: dict[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
     "micro_batch": ("micro_batch_size",),
     "grad_clip": ("max_grad_norm",),
+}
+# What transformers calls the values of a setting.
+VALUE_ALIASES: dict[str, dict[str, Any]] = {
+    "gelu": {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 }
 DROPOUTS = ("embd_dropout", "attn_dropout", "resid_dropout")
 DROPOUT_ALIASES = ("drop_rate", "dropout")  # one rate for all three
@@ -55,6 +60,8 @@ class ModelConfig:
     """Share one matrix between the token embedding and the head."""
     norm: Literal["pre", "post"] = "pre"
     """LayerNorm before each sub-layer (GPT-2) or after each addition (GPT-1)."""
+    gelu: Literal["tanh", "exact"] = "tanh"
+    """The feed-forward's GELU: its tanh approximation (GPT-2) or exact (nanoGPT, BERT)."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
@@ -68,6 +75,7 @@ class ModelConfig:
                 f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}; the nearest that does is {nearest}"
             )
         _require(self.norm in ("pre", "post"), self, "norm", "'pre' or 'post'")
+        _require(self.gelu in ("tanh", "exact"), self, "gelu", "'tanh' or 'exact'")
 
     @property
     def head_dim(self) -> int:
@@ -328,6 +336,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_head": 4,
         "n_embd": 128,
         "bias": False,
+        "gelu": "exact",
         "steps": 2000,
         "batch_size": 12,
         "lr": 1e-3,
@@ -343,6 +352,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "n_head": 6,
         "n_embd": 384,
         "bias": False,
+        "gelu": "exact",
         "embd_dropout": 0.2,
         "attn_dropout": 0.2,
         "resid_dropout": 0.2,
@@ -403,6 +413,7 @@ def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> di
             options = {**dict.fromkeys(known), **dict.fromkeys(names), **dict.fromkeys(DROPOUT_ALIASES)}
             raise ValueError(f"{where}: unknown key {key!r}{nearest(key, options)}")
         for target in targets:
+            value = VALUE_ALIASES.get(target, {}).get(value, value) if isinstance(value, str) else value
             if target in result and result[target] != value:
                 raise ValueError(
                     f"{where}: {key!r} sets {target} to {value!r}, but it is already {result[target]!r}"

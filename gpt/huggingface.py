@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..data.tokenizers import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
-from .config import ModelConfig
+from .config import DROPOUTS, VALUE_ALIASES, ModelConfig
 from .model import GPT
 
 PREFIX = "transformer."
@@ -24,10 +24,10 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored in old files
 SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
+GELU = {"tanh": "gelu_new", "exact": "gelu"}  # what activation_function is written as
 # What our GPT computes. A key that config.json leaves out has this value too; so it is with SIZES and RATES.
 FIXED: dict[str, Any] = {
     "model_type": "gpt2",
-    "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -100,7 +100,7 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
     _write_json(
         folder / "config.json",
         FIXED
-        | {"architectures": ["GPT2LMHeadModel"]}
+        | {"architectures": ["GPT2LMHeadModel"], "activation_function": GELU[config.gelu]}
         | dict(zip(SIZES, sizes, strict=True))
         | dict(zip(RATES, rates, strict=True))
         | dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text),
@@ -210,7 +210,15 @@ def _read_config(folder: Path) -> ModelConfig:
             f"{folder}/config.json has n_inner = {found['n_inner']}; this program computes GPT-2 as released, "
             f"with a feed-forward of 4 * n_embd = {4 * n_embd}"
         )
-    return ModelConfig(vocab_size, context_length, n_layer, n_head, n_embd, *rates)
+    activation = found.get("activation_function", "gelu_new")
+    if activation not in (known := VALUE_ALIASES["gelu"]):
+        raise ValueError(
+            f"{folder}/config.json has activation_function = {json.dumps(activation)}; this program computes {', '.join(known)}"
+        )
+    dropouts = dict(zip(DROPOUTS, rates, strict=True))
+    return ModelConfig(
+        vocab_size, context_length, n_layer, n_head, n_embd, gelu=known[activation], **dropouts
+    )
 
 
 def _read_state(folder: Path) -> dict[str, Tensor]:

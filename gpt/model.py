@@ -69,10 +69,12 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.approximate = "tanh" if config.gelu == "tanh" else "none"
 
     def forward(self, y: Tensor) -> Tensor:
         """(B, T, C) to (B, T, C), without the second projection's bias: the addition to the stream applies that."""
-        return gelu_mlp(y, self.c_fc.weight, self.c_fc.bias, self.c_proj.weight, None)
+        up, down = self.c_fc, self.c_proj
+        return gelu_mlp(y, up.weight, up.bias, down.weight, None, self.approximate)
 
 
 class Block(nn.Module):

@@ -28,6 +28,7 @@ SLACK = {
     "approximate": 3.0,  # two more: a GPU's exp2, rsqrt and division in float32 (PTX ISA: ex2, rsqrt.approx, div.full)
     "score": 4.0,  # attention rounds a score times log2(e) before it subtracts the maximum
     "slope": 4.0,  # GELU' out of one tanh, where its terms cancel
+    "chain": 6.0,  # oneDNN adds a sum's terms one after the other on a CPU, MKL in several partial sums
     "log-sum-exp": 16.0,  # a softmax from its logarithm, up to 32, in float32
 }
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from . import onednn
 from .backend import without_autocast
 from .dropout_mask import (
     ATTENTION_LEVELS,
@@ -54,7 +55,8 @@ def add_layer_norm(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, _cast(weight, x.dtype), None if bias is None else _cast(bias, x.dtype))
+    weight, bias = _cast(weight, x.dtype), None if bias is None else _cast(bias, x.dtype)
+    return onednn.Linear.apply(x, weight, bias) if onednn.takes(x, weight) else F.linear(x, weight, bias)
 
 
 def attention(
@@ -132,25 +134,27 @@ _GELU_C3 = 0.044715 * _GELU_C1
 class TanhGELU(torch.autograd.Function):
     """0.5 x (1 + tanh u) with u = √(2/π) (x + 0.044715 x³), written as x · σ(2u) (Hendrycks and Gimpel, 2016).
 
-    ATen's takes 1.6 times as long on a CPU, forward and backward together (768 × 512, float32).
+    The forward computes GELU'(x) too and saves nothing else. ATen's takes 1.8 times as long on a CPU with AVX-512, 3 times
+    with AVX2, forward and backward together (768 × 512, float32).
     """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
+        # In place where possible: allocating a tensor costs more than its arithmetic.
         wide = _wide(x)
-        gate = (wide * wide).mul_(_GELU_C3).add_(_GELU_C1).mul_(wide).sigmoid_()
-        ctx.save_for_backward(x, gate)
-        return (wide * gate).to(x.dtype)
+        z = torch.addcmul(wide.new_full((), _GELU_C1), wide, wide, value=_GELU_C3).mul_(wide)  # 2u
+        gate = torch.sigmoid(z)
+        y = wide * gate
+        z.add_(wide, alpha=-2 / 3 * _GELU_C1)  # a third of x · d(2u)/dx = 3 · 2u - 2 C1 x
+        z.addcmul_(z, gate, value=-1)  # times 1 - σ
+        ctx.save_for_backward(gate.addcmul_(gate, z, value=3))  # GELU' = σ + x · d(2u)/dx · σ (1 - σ)
+        return _cast(y, x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor) -> Tensor:
-        x, gate = ctx.saved_tensors
-        wide = _wide(x)
-        # In place: allocating a tensor costs more than its arithmetic.
-        grad = (wide * wide).mul_(3 * _GELU_C3).add_(_GELU_C1).mul_(wide)  # x · d(2u)/dx
-        grad.addcmul_(grad, gate, value=-1).add_(1).mul_(gate)  # GELU'
-        return grad.mul_(dy).to(x.dtype)
+        (slope,) = ctx.saved_tensors
+        return _cast(slope * dy, dy.dtype)
 
 
 def linear_cross_entropy(

@@ -152,7 +152,7 @@ def load_transformers(model: GPT) -> Any:
     """A GPT2LMHeadModel on the CPU with the weights of `model`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from ...gpt.huggingface import to_transformers  # here: it needs safetensors and the tokenizers
+    from ...gpt.huggingface import GELU, to_transformers  # here: it needs safetensors and the tokenizers
 
     shape = model.config
     config = GPT2Config(
@@ -164,6 +164,7 @@ def load_transformers(model: GPT) -> Any:
         embd_pdrop=shape.embd_dropout,
         attn_pdrop=shape.attn_dropout,
         resid_pdrop=shape.resid_dropout,
+        activation_function=GELU[shape.gelu],
         bos_token_id=None,
         eos_token_id=None,
     )

@@ -47,7 +47,8 @@ def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
         optimizer    8 P for AdamW; 4 P for the matrices that Muon takes
         activations  N L (10 a C + 2 r C + 4 H + 16): each layer keeps y, q, k, v, attention's output, the MLP's input and
                      its pre-activation (1 + 3 + 1 + 1 + 4 times C), two states of the stream, log-sum-exps and LayerNorm's
-                     statistics. Plain PyTorch keeps two more of 4 C: GELU's gate (float32) and its output.
+                     statistics. Plain PyTorch keeps one more of 4 C, GELU's output, and in place of the
+                     pre-activation GELU's slope in float32, unless GELU is exact.
                      Recomputed: N L (a + r) C and one layer's. Either way as much as one layer's for the backward's
                      gradients.
         head         fused: 4096 rows of logits, a V C for the weight's cast and 4 V C for its gradient;
@@ -63,7 +64,7 @@ def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
     parameters = blocks + vectors + (rows * (1 if shape.tie_weights else 2) + shape.context_length) * c
     layer = n * (10 * a * c + 2 * r * c + 4 * shape.n_head + 16)
     if choose("gelu_mlp", probe).backend == "torch":
-        layer += n * 4 * c * (4 + a)
+        layer += n * 4 * c * (4 if shape.gelu == "tanh" else a)
     kept = layers * layer
     if settings.activation_checkpointing:
         kept = layers * n * (a + r) * c + layer

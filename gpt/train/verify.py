@@ -101,7 +101,13 @@ def _examples(config: RunConfig, device: torch.device) -> Iterator[Example]:
         vocabulary[1] - vocabulary[0],
         True,
     )  # float64 holds all logits
-    mlp = examples.gelu_mlp(rows, width, b_proj=None, **({} if bias else {"b_fc": None}))
+    mlp = examples.gelu_mlp(
+        rows,
+        width,
+        b_proj=None,
+        **({} if bias else {"b_fc": None}),
+        **({} if shape.gelu == "tanh" else {"approximate": "none"}),
+    )
 
     wide = settings.float32_residual and pre and dtype != torch.float32
     residual, p = torch.float32 if wide else dtype, shape.resid_dropout

@@ -8,7 +8,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusedgpt.gpt import model as model_module
 from fusedgpt.gpt.config import ModelConfig, TrainConfig
-from fusedgpt.gpt.huggingface import to_transformers
+from fusedgpt.gpt.huggingface import GELU, to_transformers
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.train.step import TrainStep
@@ -84,10 +84,11 @@ def test_two_hundred_steps_give_the_same_losses_on_either_backend(run_on_triton)
     assert fused[0] == pytest.approx(plain[0], rel=1e-6), "another mask would show at once"
 
 
-def test_gradients_are_those_of_transformers_at_an_uneven_length(run_on_triton):
+@pytest.mark.parametrize("gelu", GELU)
+def test_gradients_are_those_of_transformers_at_an_uneven_length(run_on_triton, gelu):
     torch.manual_seed(0)
     sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32}
-    model = GPT(ModelConfig(50, context_length=40, **sizes)).to(DEVICE)
+    model = GPT(ModelConfig(50, context_length=40, gelu=gelu, **sizes)).to(DEVICE)
     for p in model.parameters():
         p.data.normal_(0.0, 0.2)
     theirs = GPT2LMHeadModel(
@@ -97,6 +98,7 @@ def test_gradients_are_those_of_transformers_at_an_uneven_length(run_on_triton):
             **sizes,
             bos_token_id=0,
             eos_token_id=0,
+            activation_function=GELU[gelu],
             attn_implementation="eager",
         )
     )

@@ -98,6 +98,35 @@ def test_their_round_trip_is_exact(
     assert equal(load_file(tmp_path / "out" / "model.safetensors"), load_file(folder / "model.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("activation", "written", "other"),
+    [
+        ("gelu", "gelu", "gelu_new"),
+        ("gelu_new", "gelu_new", "gelu"),
+        ("gelu_pytorch_tanh", "gelu_new", "gelu"),
+    ],
+)
+def test_the_kind_of_gelu_is_read_and_written(
+    theirs: tuple[GPT2LMHeadModel, Path],
+    tmp_path: Path,
+    bpe: BPETokenizer,
+    activation: str,
+    written: str,
+    other: str,
+) -> None:
+    _, folder = theirs
+    ids = torch.arange(40).view(2, 20)
+    edit(folder / "config.json", activation_function=activation)
+    logits = GPT2LMHeadModel.from_pretrained(folder).eval()(ids).logits
+    model = import_model(folder)
+    assert relative(model(ids), logits) < 1e-5
+    export_model(model, bpe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["activation_function"] == written
+    assert relative(GPT2LMHeadModel.from_pretrained(tmp_path / "out").eval()(ids).logits, logits) < 1e-5
+    edit(folder / "config.json", activation_function=other)
+    assert relative(import_model(folder)(ids), logits) > 1e-4
+
+
 @pytest.mark.parametrize("options", [{"qkv_bias": False}, {"bias": False}])
 def test_absent_biases_are_written_as_zeros(tmp_path: Path, bpe: BPETokenizer, options: dict) -> None:
     model = random_model(**options)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from fusedgpt.gpt.config import PRESETS, ModelConfig, RunConfig, preset
-from fusedgpt.gpt.huggingface import to_transformers
+from fusedgpt.gpt.huggingface import GELU, to_transformers
 from fusedgpt.gpt.model import GPT
 from fusedgpt.kernels import reference
 
@@ -46,6 +46,7 @@ def rival(model: GPT) -> GPT2LMHeadModel:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         resid_pdrop=0.0,
+        activation_function=GELU[c.gelu],
         attn_implementation="eager",
     )
     other = GPT2LMHeadModel(config).to(model.wte.weight.dtype)
@@ -73,6 +74,7 @@ def relative(actual: Tensor, expected: Tensor) -> float:
         ({}, 2, 24),
         ({"qkv_bias": False}, 3, 17),
         ({"bias": False}, 1, 1),
+        ({"gelu": "exact"}, 2, 11),
         ({"vocab_size": 128, "n_head": 1, "n_embd": 20, "n_layer": 3}, 2, 7),
         ({"vocab_size": 300, "n_head": 4, "n_embd": 64, "n_layer": 1}, 5, 23),
     ],

@@ -1,5 +1,6 @@
 """Settings: which source wins, what is remembered of it, and what a TOML file may and may not say."""
 
+import json
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -102,11 +103,22 @@ def test_steps_replace_the_epochs_of_a_source_below() -> None:
 
 @pytest.mark.parametrize(("alias", "name"), [(a, name) for name, aliases in ALIASES.items() for a in aliases])
 def test_every_alias_sets_its_setting(alias: str, name: str, toml: Callable[[str], Path]) -> None:
-    value = {"tie_weights": False, "lr": 0.5, "grad_clip": 0.5, "steps": 8}.get(name, 8)
+    value = {"tie_weights": False, "lr": 0.5, "grad_clip": 0.5, "gelu": "exact"}.get(name, 8)
     value = 0.5 if name.endswith("dropout") else value
-    text = str(value).lower()
+    text = json.dumps(value)
     assert resolve({}, file=toml(f"{alias} = {text}\n")).config.flat()[name] == value
     assert resolve({alias: value}).config.flat()[name] == value
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"), [("gelu_new", "tanh"), ("gelu_pytorch_tanh", "tanh"), ("gelu", "exact")]
+)
+def test_transformers_names_of_gelu_are_taken(theirs: str, ours: str, toml: Callable[[str], Path]) -> None:
+    file = toml(f'activation_function = "{theirs}"\n')
+    assert resolve({}, file=file).config.model.gelu == ours
+    assert ModelConfig.from_dict({"activation_function": theirs}).gelu == ours
+    with pytest.raises(ValueError, match="gelu = 'relu' is not allowed; it takes 'tanh' or 'exact'"):
+        ModelConfig.from_dict({"activation_function": "relu"})
 
 
 def test_one_dropout_rate_sets_all_three(toml: Callable[[str], Path]) -> None:
@@ -132,7 +144,8 @@ def test_a_resumed_run_keeps_its_settings_and_its_folder() -> None:
 def test_what_defines_the_model_stays_when_a_run_is_resumed(key: str) -> None:
     run = make_run(n_embd=96, n_head=3)
     old = read_run(run)[key]
-    other = {bool: lambda: not old, int: lambda: old * 2, str: lambda: "post" if key == "norm" else "char"}
+    names = {"norm": "post", "gelu": "exact"}
+    other = {bool: lambda: not old, int: lambda: old * 2, str: lambda: names.get(key, "char")}
     changed = other[type(old)]()
     assert resolve({key: old}, resume=run).config.flat()[key] == old
     with pytest.raises(

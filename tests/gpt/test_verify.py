@@ -125,6 +125,8 @@ def test_right_kernels_are_left_alone_and_compared_once(
     assert len(compared) == count, "kept in the user's cache"
     verify(replace(CONFIG, model=replace(SHAPE, attn_dropout=0.3)), CPU)
     assert compared[count:] == ["attention"], "only what is new"
+    verify(replace(CONFIG, model=replace(SHAPE, gelu="exact")), CPU)
+    assert compared[count + 1 :] == ["gelu_mlp"] * 2, "trained and evaluated"
     assert len(list((cache / "verified").iterdir())) == 1
     assert capsys.readouterr() == ("", "")
 
