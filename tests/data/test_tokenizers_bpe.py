@@ -5,6 +5,7 @@ import random
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import regex
@@ -201,6 +202,21 @@ def test_long_white_space_is_cut_where_its_piece_ends(
 def test_a_million_times_the_same_character(bpe: BPETokenizer, character: str) -> None:
     text = f"{character * 1_100_000}z"  # tiktoken's regex engine panics on this much white space
     assert bpe.decode(bpe.encode(text)) == text
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u2003"])
+@pytest.mark.parametrize("start", [0, 1, 499, 500, 501, 999])
+def test_a_thousand_blanks_are_cut_wherever_they_begin(
+    bpe: BPETokenizer, blank: str, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = []
+    ids = bpe._encoding.encode_ordinary
+    monkeypatch.setattr(
+        bpe, "_encoding", SimpleNamespace(encode_ordinary=lambda t: parts.append(t) or ids(t))
+    )
+    text = f"{'x' * start}{blank * 1000} y"
+    assert bpe.encode(text) == bpe.encode_plain(text)
+    assert parts == [f"{'x' * start}{blank * 1000}", " y"]
 
 
 def test_training_is_fast_even_without_white_space() -> None:
