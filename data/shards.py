@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .corpus import Corpus, cache_dir, download, open_corpus, split_name
+from .tokenizers.base import bounded_parts
 
 if TYPE_CHECKING:
     from .tokenizers import Tokenizer
@@ -35,7 +36,6 @@ HEADER_BYTES = 1024
 SHARD_SIZE = 100_000_000  # tokens; 200 MB per file, like the public FineWeb shards
 _FORMAT = 1  # version of what tokenize() writes; a new number leaves older caches unused
 _CHUNK = 1 << 24  # tokens scanned in one go
-_PIECE = 1 << 20  # characters encoded in one go
 _FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
 _FINEWEB_SHARDS = 103
 
@@ -312,11 +312,11 @@ class _Encoding:
         for text in texts:
             if self.separated:
                 yield self._count([self.tokenizer.end_of_text])
-            for piece in _pieces(text):
-                yield self._count(self.tokenizer.encode_ordinary(piece))
-                n_bytes = len(piece.encode())
+            for part in bounded_parts(text):
+                yield self._count(self.tokenizer.encode_ordinary(part))
+                n_bytes = len(part.encode())
                 self.n_bytes += n_bytes
-                self.n_chars += len(piece)
+                self.n_chars += len(part)
                 self.advance(n_bytes)
         if self.separated:
             yield self._count([self.tokenizer.end_of_text])
@@ -324,22 +324,6 @@ class _Encoding:
     def _count(self, ids: list[int]) -> np.ndarray:
         self.n_tokens += len(ids)
         return np.array(ids, dtype=np.uint16)
-
-
-_BOUNDARY = re.compile(r"(?<=\S)[ \n]")
-
-
-def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where no token can cross, so that a book needs no list of all its ids.
-
-    Every pattern in use (GPT-2's, words, characters) ends a unit where whitespace follows something else, and looks no
-    further: the ids of the pieces are the ids of the whole.
-    """
-    start = 0
-    while (cut := _BOUNDARY.search(text, start + _PIECE)) is not None:
-        yield text[start : cut.start()]
-        start = cut.start()
-    yield text[start:]
 
 
 # ---- tokens that others made

@@ -16,6 +16,8 @@ from typing import Any, Literal, Self, TypeVar
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
 MAX_VOCAB_SIZE = 65536  # token shards hold ids as uint16
+PART = 1 << 20  # characters of a text that are worked on in one go
+BOUNDARY = re.compile(r"(?<=\S)[ \n]")
 
 T = TypeVar("T")
 
@@ -128,12 +130,26 @@ def split_at(special_tokens: Collection[str], text: str) -> list[str]:
 
 
 def training_parts(texts: Iterable[str], special_tokens: Collection[str] = (END_OF_TEXT,)) -> Iterator[str]:
-    """The plain parts of training texts: a special token's own characters must not shape the vocabulary."""
+    """The plain parts of training texts, long ones cut: a special token's own characters must not shape the vocabulary."""
     if isinstance(texts, str):
         raise TypeError("texts takes an iterable of strings, not one string: pass [text]")
     for text in texts:
         refuse_lone_surrogates(text)
-        yield from split_at(special_tokens, text)[::2]
+        for part in split_at(special_tokens, text)[::2]:
+            yield from bounded_parts(part)
+
+
+def bounded_parts(text: str) -> Iterator[str]:
+    """Cut a long text where no token can cross, so that a book needs no list of all its tokens.
+
+    Every pattern in use (GPT-2's, words, characters) ends a unit where whitespace follows something else, and looks no
+    further: the units of the parts are the units of the whole.
+    """
+    start = 0
+    while (cut := BOUNDARY.search(text, start + PART)) is not None:
+        yield text[start : cut.start()]
+        start = cut.start()
+    yield text[start:]
 
 
 def refuse_lone_surrogates(text: str) -> None:

@@ -1,20 +1,17 @@
-"""Byte-level byte-pair encoding, trained here: how the merges are learnt, and how they turn text into ids.
+"""Byte-level byte-pair encoding: trained on texts, and text to ids and back.
 
-Text is cut into pieces by GPT-2's pattern; a piece's UTF-8 bytes are the first symbols, ids 0 to 255. Training joins,
-again and again, the pair of neighbours that occurs most often in all pieces into a new symbol (Sennrich, Haddow and
-Birch 2016, section 3.2; over bytes: Radford et al. 2019, section 2.2). Of pairs that occur equally often the one with
-the smallest ids goes first, so the same text always gives the same merges. Special tokens take the last ids.
+Text is cut into pieces by GPT-2's pattern; a piece's UTF-8 bytes are the first symbols, ids 0 to 255 (Radford et al.
+2019, section 2.2). `merges.py` learns which pairs of symbols are joined into new ones. Special tokens take the last ids.
 
-`encode_plain` is that definition read backwards, in a few lines of Python. tiktoken does the real work; it chooses by
+`encode_plain` applies the merges in the order they were learnt, in a few lines of Python. tiktoken does the real work; it chooses by
 the rank of the joined bytes instead of by the pair, which is the same here: pieces that hold the same bytes between two
 token borders are always in the same state of merging, so no bytes ever get two different pairs.
 """
 
 import logging
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -29,6 +26,7 @@ from .base import (
     string_list,
     training_parts,
 )
+from .merges import learn_merges
 
 if TYPE_CHECKING:
     import tiktoken
@@ -99,8 +97,11 @@ class BPETokenizer(TokenizerBase):
         return cls(merges, specials)
 
     def _encode(self, text: str, offset: int) -> list[int]:
+        # 1,000 blanks in a row fill at least one block; splitting every text would take up to a quarter of tiktoken's time
+        blocks = (text[i : i + 500] for i in range(0, len(text), 500))
+        parts = LONG_RUN.split(text) if any(map(str.isspace, blocks)) else [text]
         ids: list[int] = []
-        for part in LONG_RUN.split(text):
+        for part in parts:
             ids += self._encoding.encode_ordinary(part)
         return ids
 
@@ -139,68 +140,6 @@ class BPETokenizer(TokenizerBase):
         if not all(isinstance(m, list) and len(m) == 2 and all(type(i) is int for i in m) for m in merges):
             raise ValueError('"merges" must hold pairs of ids')
         return cls([(a, b) for a, b in merges], string_list(fields, "special_tokens"))
-
-
-def learn_merges(words: Mapping[bytes, int], count: int) -> list[tuple[int, int]]:
-    """The first `count` merges for words that occur so often, fewer if nothing is left to join.
-
-    All words lie in one linked list of symbols, so a merge touches only the places where its pair occurs. A merge takes
-    one symbol out of the list for each place, so the work is O(n log n) in the bytes of the different words, whatever
-    their lengths. Equal to recounting every pair after every merge.
-    """
-    border = -1  # between words; also marks symbols that a merge took out
-    ids = [border]
-    weight = [0]  # how often the word at this place occurs
-    for word, n in words.items():
-        ids += [*word, border]
-        weight += [n] * (len(word) + 1)
-    left = [i - 1 for i in range(len(ids))]
-    right = [i + 1 for i in range(len(ids))]
-
-    counts: defaultdict[tuple[int, int], int] = defaultdict(int)
-    # ascending; some no longer hold the pair
-    places: defaultdict[tuple[int, int], list[int]] = defaultdict(list)
-    for i, pair in enumerate(pairwise(ids)):
-        if border not in pair:
-            counts[pair] += weight[i]
-            places[pair].append(i)
-
-    # One entry a pair. A count only ever falls once its pair is in the heap, so an entry is an upper bound.
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapify(heap)
-    merges: list[tuple[int, int]] = []
-    while heap and len(merges) < count:
-        negative_count, pair = heappop(heap)
-        if counts[pair] < -negative_count:
-            if counts[pair]:
-                heappush(heap, (-counts[pair], pair))
-            continue
-        a, b = pair
-        new = 256 + len(merges)
-        merges.append(pair)
-        made: set[tuple[int, int]] = set()
-        for i in places.pop(pair):
-            j = right[i]
-            if ids[i] != a or ids[j] != b:
-                continue
-            before, after = left[i], right[j]
-            ids[i], ids[j] = new, border
-            right[i], left[after] = after, i
-            if ids[before] != border:
-                counts[ids[before], a] -= weight[i]
-                counts[ids[before], new] += weight[i]
-                places[ids[before], new].append(before)
-                made.add((ids[before], new))
-            if ids[after] != border:
-                counts[b, ids[after]] -= weight[i]
-                counts[new, ids[after]] += weight[i]
-                places[new, ids[after]].append(i)
-                made.add((new, ids[after]))
-        del counts[pair]
-        for pair in made:
-            if counts[pair]:  # 0 in a run: aaaa becomes (aa)aa, then (aa)(aa)
-                heappush(heap, (-counts[pair], pair))
-    return merges
 
 
 def _replace(symbols: list[int], pair: tuple[int, int], new: int) -> list[int]:

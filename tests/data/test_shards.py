@@ -21,7 +21,7 @@ from fusedgpt.data.shards import (
     tokenize,
     write_shards,
 )
-from fusedgpt.data.tokenizers import load_tokenizer, make_tokenizer
+from fusedgpt.data.tokenizers import base, load_tokenizer, make_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -221,13 +221,15 @@ def test_cutting_a_long_text_changes_no_token(kind, monkeypatch, request):
     )
     tokenizer = make_tokenizer(kind, [text])
     for size in range(1, 60):
-        monkeypatch.setattr(shards, "_PIECE", size)
-        pieces = list(shards._pieces(text))
-        assert "".join(pieces) == text
-        assert len(pieces) > len(text) // (size + 40)
-        assert [i for piece in pieces for i in tokenizer.encode_ordinary(piece)] == tokenizer.encode_ordinary(
+        monkeypatch.setattr(base, "PART", size)
+        parts = list(base.bounded_parts(text))
+        assert "".join(parts) == text
+        assert len(parts) > len(text) // (size + 40)
+        assert [i for part in parts for i in tokenizer.encode_ordinary(part)] == tokenizer.encode_ordinary(
             text
         )
+        if kind != "gpt2":
+            assert make_tokenizer(kind, [text]).fingerprint() == tokenizer.fingerprint()
 
 
 def test_tokens_are_made_once_and_again_for_what_differs(text, cache, monkeypatch):

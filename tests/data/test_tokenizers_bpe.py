@@ -1,11 +1,11 @@
-"""Byte-level BPE: merges against a trainer that recounts everything and Hugging Face's, ids against tiktoken's and theirs."""
+"""Byte-level BPE: ids against the plain encoder's, tiktoken's and Hugging Face's. Its merges: test_merges.py."""
 
 import logging
 import random
 import time
-from collections import Counter
-from itertools import pairwise
+import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import regex
@@ -13,9 +13,8 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fusedgpt.data.tokenizers import BPETokenizer
-from fusedgpt.data.tokenizers.bpe import PIECES, learn_merges
-from fusedgpt.data.tokenizers.gpt2 import GPT2Tokenizer
+from fusedgpt.data.tokenizers import BPETokenizer, base
+from fusedgpt.data.tokenizers.bpe import PIECES
 
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 UNICODE = "Ünïcödé café cafe\u0301 naïve 😉😉👩‍👩‍👧 日本語日本 Привет привет １２３ ½ ﷺ \u00a0x \u200b\u2003 \r\n\t\n\n   a  \x00\x1c"
@@ -36,63 +35,21 @@ def bpe() -> BPETokenizer:
     return BPETokenizer.train([TEXT], 1200, SPECIALS)
 
 
-def recounting_merges(words: dict[bytes, int], count: int) -> list[tuple[int, int]]:
-    """The definition: count all pairs, join the most frequent (then smallest) one everywhere, start again."""
-    sequences = [(list(word), n) for word, n in words.items()]
-    merges: list[tuple[int, int]] = []
-    while len(merges) < count:
-        pairs: Counter[tuple[int, int]] = Counter()
-        for ids, n in sequences:
-            for pair in pairwise(ids):
-                pairs[pair] += n
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        for ids, _ in sequences:
-            i = 0
-            while i < len(ids) - 1:
-                if (ids[i], ids[i + 1]) == best:
-                    ids[i : i + 2] = [256 + len(merges)]
-                i += 1
-        merges.append(best)
-    return merges
-
-
 def test_wikipedias_example() -> None:
     bpe = BPETokenizer.train(["aaabdaaabac"], 256 + 3 + 1)
     assert bpe.encode("aaabdaaabac") == bpe.encode_plain("aaabdaaabac") == [258, 100, 258, 97, 99]
     assert (bpe.vocab_size, bpe.end_of_text) == (260, 259)
 
 
-@given(st.dictionaries(st.text("ab", max_size=12).map(str.encode), st.integers(1, 3), max_size=6))
-def test_merges_equal_a_trainer_that_recounts(words: dict[bytes, int]) -> None:
-    assert learn_merges(words, 30) == recounting_merges(words, 30)
-
-
-def test_merges_of_a_real_text_equal_a_trainer_that_recounts() -> None:
-    words = {word.encode(): n for word, n in Counter(regex.findall(GPT2_PATTERN, TEXT)).items()}
-    assert learn_merges(words, 250) == recounting_merges(words, 250)
-
-
-def test_merges_equal_hugging_faces() -> None:
-    """Its trainer breaks ties alike, but its ids 0 to 255 are GPT-2's order of bytes."""
-    tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=1000, min_frequency=1, initial_alphabet=alphabet, show_progress=False
-    )
-    theirs.train_from_iterator([TEXT], trainer)
-    vocabulary = sorted(theirs.get_vocab().items(), key=lambda item: item[1])
-
-    order = GPT2Tokenizer.byte_order
-    words = Counter(regex.findall(GPT2_PATTERN, TEXT))
-    ours = learn_merges({bytes(order.index(b) for b in w.encode()): n for w, n in words.items()}, 1000 - 256)
-    written = {i: token for token, i in vocabulary[:256]}
-    for i, (a, b) in enumerate(ours):
-        written[256 + i] = written[a] + written[b]
-    assert [token for token, _ in vocabulary] == list(written.values())
+def test_training_on_a_long_text_keeps_no_list_of_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "PART", 1 << 16)
+    text = "ab cd " * 200_000
+    tracemalloc.start()
+    try:
+        assert BPETokenizer.train([text], 260).vocab_size == 260
+        assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
+    finally:
+        tracemalloc.stop()
 
 
 def test_training_reads_texts_one_by_one() -> None:
@@ -245,6 +202,21 @@ def test_long_white_space_is_cut_where_its_piece_ends(
 def test_a_million_times_the_same_character(bpe: BPETokenizer, character: str) -> None:
     text = f"{character * 1_100_000}z"  # tiktoken's regex engine panics on this much white space
     assert bpe.decode(bpe.encode(text)) == text
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\u2003"])
+@pytest.mark.parametrize("start", [0, 1, 499, 500, 501, 999])
+def test_a_thousand_blanks_are_cut_wherever_they_begin(
+    bpe: BPETokenizer, blank: str, start: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = []
+    ids = bpe._encoding.encode_ordinary
+    monkeypatch.setattr(
+        bpe, "_encoding", SimpleNamespace(encode_ordinary=lambda t: parts.append(t) or ids(t))
+    )
+    text = f"{'x' * start}{blank * 1000} y"
+    assert bpe.encode(text) == bpe.encode_plain(text)
+    assert parts == [f"{'x' * start}{blank * 1000}", " y"]
 
 
 def test_training_is_fast_even_without_white_space() -> None:
