@@ -141,6 +141,9 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu", dest="gpus", nargs="+", choices=GPUS, default=tuple(GPUS), help="whose bounds (default: all)"
     )
     counts.add_argument(
+        "--clones", type=Path, metavar="DIR", help="a folder with clones, for peers that no package installs"
+    )
+    counts.add_argument(
         "--accept", action="store_true", help="instead: write the counts that tests hold our kernels to"
     )
     for command in (ops, step, memory, startup, decode, everything):

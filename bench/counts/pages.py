@@ -2,13 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ..record import Record
 from ..table import markdown
 from . import known
 from .goals import goals
-from .report import Row, best, conflicts, groups, is_ours, matmul_row, useful
+from .report import Row, best, conflicts, groups, is_ours, matmul_row, own_matmuls, useful
 
 
 def about(record: Record) -> str:
@@ -46,7 +45,7 @@ def _both_directions(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
         whole = [_sum(name, found) for found in sides.values() if len(found) == directions]
         ours = next((row for row in whole if is_ours(row)), None)
         if ours:
-            yield ours, [row for row in whole if row is not ours]
+            yield ours, [row for row in whole if row is not ours and not own_matmuls(row, ours)]
 
 
 def _sum(name: str, rows: Sequence[Row]) -> Row:
@@ -56,6 +55,7 @@ def _sum(name: str, rows: Sequence[Row]) -> Row:
         "side": rows[0]["side"],
         "instructions": sum(row["instructions"] for row in rows),
         "dram_bytes": sum(row["dram_bytes"] for row in rows),
+        "library_flops": sum(row["library_flops"] for row in rows),
         "bound": sum(bound["microseconds"] for bound in bounds),
         "unit": max(bounds, key=lambda bound: bound["microseconds"])["unit"],
     }
@@ -81,11 +81,12 @@ def _counts_table(architecture: str, rows: Sequence[Row], gpus: Sequence[str]) -
     heads = (architecture, "instructions", "special", "tensor", "DRAM", "useful", "conflicts")
     lines: list[list[str]] = []
     for group in groups(rows):
-        ratios = [best(group, figure) for figure in ("instructions", "", "", "dram_bytes") if figure]
+        ratios = [best(group, figure) for figure in ("instructions", "dram_bytes")]
         lines.append([f"**{group[0]['name']}, {group[0]['direction']}**", *[""] * (6 + len(gpus))])
         for row in group:
             bounds = [f"{b['microseconds']:,.1f} µs {b['unit']}" for b in row["bounds"].values()]
-            lines.append([row["side"], *_figures(row), *bounds])
+            side = row["side"] + (", its matmuls included" if own_matmuls(row, group[0]) else "")
+            lines.append([side, *_figures(row), *bounds])
         if matmuls := matmul_row(group, gpus):
             sizes = [f"{matmuls['tensor_flops']:,.1f} GFLOP", f"{matmuls['dram_bytes']:,.1f} MB"]
             lines.append([matmuls["side"], "", "", *sizes, "", "", *(matmuls[gpu] for gpu in gpus)])
@@ -142,29 +143,29 @@ def _goals_table(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _kernels_table(rows: Sequence[Row]) -> Iterator[str]:
-    """What a multiprocessor holds of each kernel of ours."""
+    """What a multiprocessor holds of each kernel of ours, on the first GPU of its architecture."""
     heads = (
         "our kernels",
         "GPU",
         "warps",
         "registers",
         "shared memory",
-        "resident programs",
+        "resident",
         "limit",
         "waves",
         "in flight",
     )
-    lines: dict[tuple[str, ...], None] = {}  # the same launch again adds nothing
-    for row in rows:
-        for launch in row["launches"] if is_ours(row) else ():
-            for gpu, resident in launch["resident"].items():
-                lines[_kernel(row, launch, gpu, resident)] = None
+    launches = [(row, launch) for row in rows if is_ours(row) for launch in row["launches"]]
+    lines = dict.fromkeys(
+        _kernel(row, launch) for row, launch in launches
+    )  # the same launch again adds nothing
     if lines:
         yield from markdown(heads, list(lines))
         yield ""
 
 
-def _kernel(row: Row, launch: Row, gpu: str, resident: dict[str, Any]) -> tuple[str, ...]:
+def _kernel(row: Row, launch: Row) -> tuple[str, ...]:
+    gpu, resident = next(iter(launch["resident"].items()))
     waves = "–" if resident["waves"] is None else f"{resident['waves']:.2f}"
     return (
         f"{row['name']}, {row['direction']}: `{launch['kernel']}`",

@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .known import ARCHITECTURE, GPU
-from .report import groups, is_ours
+from .report import groups, is_ours, own_matmuls
 
 # What a piece of a bar stands for, the units in it, and a colour that colour-blind readers can tell from the others (Okabe and Ito).
 # Of the pipes, which share the instructions, the busiest.
@@ -22,7 +22,7 @@ PIECES = (
     ("busiest pipe", ("float", "integer", "convert"), "#C4C4C4"),
     ("copies in flight", ("latency",), "#CC79A7"),
 )
-LONGEST = 14.0  # of a bar, in our bounds; a longer one is cut there
+LONGEST = 8.0  # of a bar, in our bounds; a longer one is cut there
 
 
 def counts_picture(record: dict[str, Any]) -> Figure | None:
@@ -46,7 +46,13 @@ def counts_picture(record: dict[str, Any]) -> Figure | None:
         axes.text(0, height, title, weight="bold", fontsize=9, va="center")
         for row in group:
             height += 1
-            _bar(axes, height, row["bounds"][GPU], ours)
+            _bar(
+                axes,
+                height,
+                row["bounds"][GPU],
+                ours,
+                "with its matmuls" if own_matmuls(row, group[0]) else "",
+            )
             axes.annotate(
                 row["side"],
                 (0, height),
@@ -69,7 +75,7 @@ def counts_picture(record: dict[str, Any]) -> Figure | None:
     return figure
 
 
-def _bar(axes: Axes, height: float, bound: dict[str, Any], ours: float) -> None:
+def _bar(axes: Axes, height: float, bound: dict[str, Any], ours: float, note: str) -> None:
     left = 0.0
     for _, units, colour in PIECES:
         width = max(bound["units"].get(unit, 0.0) for unit in units) / ours
@@ -83,5 +89,5 @@ def _bar(axes: Axes, height: float, bound: dict[str, Any], ours: float) -> None:
         lw=2.5,
         solid_capstyle="butt",
     )
-    text = f"{ratio:.2f}, {bound['unit']}"
+    text = ", ".join([f"{ratio:.2f}", bound["unit"], *[note] * bool(note)])
     axes.annotate(text, (left, height), (4, 0), textcoords="offset points", va="center", fontsize=8)

@@ -100,9 +100,15 @@ def groups(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield list(group)
 
 
+def own_matmuls(row: Row, ours: Row) -> bool:
+    """Whether an implementation does in its kernels matmuls that we leave to the library, so that its figures are of other work."""
+    return row["library_flops"] < 0.99 * ours["library_flops"]
+
+
 def peers(group: Sequence[Row]) -> list[Row]:
-    """Those of other implementations that were counted."""
-    return [row for row in group if not is_ours(row) and not row.get("note")]
+    """Those of other implementations that were counted and leave as much to the library as ours, which comes first."""
+    counted = [row for row in group if not row.get("note")]
+    return [row for row in counted if not is_ours(row) and not own_matmuls(row, counted[0])]
 
 
 def best(group: Sequence[Row], figure: str, gpu: str = "") -> tuple[Row | None, float]:
@@ -159,7 +165,8 @@ def block(group: Sequence[Row], gpus: Sequence[str]) -> Iterator[str]:
         if note := row.get("note"):
             yield f"    {row['side']}: {note}"
         else:
-            yield table.line(columns(gpus), cells(row))
+            note = "its matmuls included" if own_matmuls(row, group[0]) else ""
+            yield table.line(columns(gpus), cells(row) | {"note": note})
     if matmuls := matmul_row(group, gpus):
         yield table.line(columns(gpus), matmuls)
     if ratios := list(ratio_texts(group, gpus)):

@@ -3,8 +3,7 @@
 Each implementation of each operator is a job; all cores' processes do them. The counts are the same on every machine.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,26 +21,30 @@ from .rates import GPUS
 from .report import Row
 
 OPERATORS = tuple(dict.fromkeys(case.example.operator for case in cases()))
-# by implementation: what counts it
-COUNTERS: dict[str, Callable[[Case, str], list[Measured]]] = {
-    OURS: measure,
-    **{package: partial(measure_peer, package) for package in TABLE},
-}
 
 
 class Job(NamedTuple):
     """An implementation of one operator for one architecture."""
 
-    case: int  # which of `cases`
+    number: int  # of the case
+    package: str  # ours, or a key of the peers' table
     architecture: str
-    side: str
+    clones: Path | None
 
-    def __call__(self) -> tuple["Job", list[Measured], str]:
-        """What was measured, or why not."""
+    @property
+    def case(self) -> Case:
+        return list(cases())[self.number]
+
+    def __call__(self) -> tuple["Job", list[Measured], str, bool]:
+        """What was measured, or why not and whether that is for want of a package."""
         try:
-            return self, COUNTERS[self.side](list(cases())[self.case], self.architecture), ""
+            if self.package == OURS:
+                return self, measure(self.case, self.architecture), "", False
+            return self, measure_peer(self.package, self.case, self.architecture, self.clones), "", False
+        except ImportError as error:
+            return self, [], str(error), True
         except Exception as error:  # whatever a compiler or a launch throws; the others are still counted
-            return self, [], failure(error)
+            return self, [], failure(error), False
 
 
 def run_counts(
@@ -50,6 +53,7 @@ def run_counts(
     gpus: Sequence[str] = tuple(GPUS),
     out: Path | None = None,
     pictures: Path | None = None,
+    clones: Path | None = None,
     accept: bool = False,
 ) -> None:
     """Count and print the tables.
@@ -60,6 +64,7 @@ def run_counts(
         gpus: whose bounds to show; each shows what was counted for its architecture.
         out: write the record there as JSON.
         pictures: the folder for counts.png; by default that of `out`, without which there is none.
+        clones: a folder with clones of repositories, for peers that no package installs.
         accept: instead, write the counts that a test holds the kernels of these operators to.
 
     Raises:
@@ -74,29 +79,38 @@ def run_counts(
         return regression.accept(names, architectures)
     with record.recording("counts", torch.device("cpu"), out, pictures) as found:
         found["versions"]["device"] = f"PTX emulator, {', '.join(architectures)}"
-        found["rows"] = list(printed(names, architectures, gpus))
+        found["rows"] = list(printed(jobs(names, architectures, clones), gpus))
         print("\n".join(["", *report.error_lines(found), "", *goals.lines(list(goals.goals(found["rows"])))]))
 
 
-def printed(names: Sequence[str], architectures: Sequence[str], gpus: Sequence[str]) -> Iterator[Row]:
-    """The rows; those of an operator and architecture are printed when all of them have come."""
-    todo = {
-        (i, architecture): [Job(i, architecture, side) for side in COUNTERS]
-        for i, case in enumerate(cases())
+def jobs(names: Sequence[str], architectures: Sequence[str], clones: Path | None) -> list[Job]:
+    """What is to do: of each case and architecture ours, then the peers that have such an operator."""
+    return [
+        Job(number, package, architecture, clones)
+        for number, case in enumerate(cases())
         if not names or case.example.operator in names
         for architecture in architectures
-    }
+        for package in (OURS, *(package for package, loads in TABLE.items() if case.name in loads))
+    ]
+
+
+def printed(todo: Sequence[Job], gpus: Sequence[str]) -> Iterator[Row]:
+    """The rows; those of a case and architecture are printed when all of them have come."""
     rows: dict[Job, list[Row]] = {}
+    missing: set[str] = set()
     with processes(workers()) as pool:
-        jobs = [job for some in todo.values() for job in some]
-        for job, measured, why in progress(pool, jobs, "counted"):
-            shown = [GPUS[name] for name in gpus if GPUS[name].architecture == job.architecture]
-            rows[job] = [report.row_of(one, job.architecture, shown) for one in measured]
-            if why:
-                case = list(cases())[job.case]
-                rows[job].append(report.failed(case.name, case.sizes, job.side, job.architecture, why))
-            if all(other in rows for other in todo[job.case, job.architecture]):
-                every = [row for other in todo[job.case, job.architecture] for row in rows[other]]
+        for job, measured, why, not_installed in progress(pool, todo, "counted"):
+            case, architecture = job.case, job.architecture
+            shown = [GPUS[name] for name in gpus if GPUS[name].architecture == architecture]
+            rows[job] = [report.row_of(one, architecture, shown) for one in measured]
+            if not_installed and job.package not in missing:
+                missing.add(job.package)
+                print(f"{job.package} is left out: {why}")
+            elif why and not not_installed:
+                rows[job].append(report.failed(case.name, case.sizes, job.package, architecture, why))
+            same = [o for o in todo if (o.number, o.architecture) == (job.number, architecture)]
+            if all(other in rows for other in same):
+                every = [row for other in same for row in rows[other]]
                 print("\n".join(report.table_of(every, [gpu.name for gpu in shown])), flush=True)
-    for job in jobs:
+    for job in todo:
         yield from rows[job]

@@ -1,6 +1,8 @@
 """Rows, goals, the model's error and pages of `bench counts`, from launches made up by hand; and no kernel is worse than the committed counts."""
 
 import json
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 from fusedgpt.bench import readme
 from fusedgpt.bench.__main__ import main
 from fusedgpt.bench.compare import run_compare
-from fusedgpt.bench.counts import goals, known, pages, regression, report
+from fusedgpt.bench.counts import goals, known, pages, regression, report, run
 from fusedgpt.bench.counts.measure import Measured
 from fusedgpt.bench.counts.pictures import counts_picture
 from fusedgpt.bench.counts.rates import GPUS
@@ -22,6 +24,7 @@ from fusedgpt.bench.traffic import Operation
 SIZES: dict[str, float] = {"M": 65536, "C": 768}
 LEAST = 2 * 2 * 65536 * 768 + 8 * 65536.0  # bytes of LayerNorm's forward
 LIGER = "liger-kernel 0.1"
+UNASKED = "bytes moved for nothing"
 
 
 def work(instructions: float = 1e6, moved: float = LEAST, **changes: Any) -> Work:
@@ -89,6 +92,19 @@ def test_ours_over_the_best_peer_of_each_figure() -> None:
     assert lines[7] == "    broken: failed: x"
 
 
+def test_a_peer_with_matmuls_of_its_own_is_no_match() -> None:
+    ours = row("fusedgpt", work(2e6), library=[Operation("mm", 1, 1, flops=10**12)])
+    group = [
+        ours,
+        row("cut", work(1e6)),
+        row(LIGER, work(4e6), library=[Operation("mm", 1, 1, flops=10**12)]),
+    ]
+    peer, ratio = report.best(group, "instructions")
+    assert peer is not None
+    assert (peer["side"], ratio) == (LIGER, 0.5)
+    assert any(line.endswith("its matmuls included") for line in report.block(group, ["H200"]))
+
+
 def verdicts(*rows: report.Row) -> dict[tuple[str, str, str], bool | None]:
     return {(goal.operator, goal.direction, goal.what): goal.met for goal in goals.goals(rows)}
 
@@ -103,7 +119,7 @@ def test_goals_of_layer_norm() -> None:
             "its kernels' DRAM bytes",
             "binding unit, H200",
             "bank conflicts",
-            "useful sectors",
+            UNASKED,
         )
     }
     assert verdicts(ours)[*key, "instructions"] is None
@@ -111,7 +127,7 @@ def test_goals_of_layer_norm() -> None:
     assert not verdicts(row("fusedgpt", work(moved=1.031 * LEAST)))[*key, "its kernels' DRAM bytes"]
     assert not verdicts(row("fusedgpt", work(5e8)))[*key, "binding unit, H200"]
     assert not verdicts(row("fusedgpt", work(shared_wavefronts=106.0)))[*key, "bank conflicts"]
-    assert not verdicts(row("fusedgpt", work(asked_bytes=0.96 * LEAST)))[*key, "useful sectors"]
+    assert not verdicts(row("fusedgpt", work(asked_bytes=0.96 * LEAST)))[*key, UNASKED]
 
 
 def test_goals_of_attention() -> None:
@@ -186,6 +202,47 @@ def test_records_of_counts_compare(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_an_unknown_operator(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["counts", "softmax"]) == 2
     assert "no operator is called softmax; there are attention, gelu_mlp" in capsys.readouterr().err
+
+
+def test_packages_that_are_missing_are_told_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours comes first, whatever finishes first; what fails gets a row, what is not installed a line."""
+    todo = [run.Job(4, package, "sm_90", None) for package in ("fusedgpt", "Inductor", "a", "b")]
+    todo += [job._replace(number=5) for job in todo[2:]]
+    why = {"Inductor": ("failed: x", False), "a": ("no a", True)}
+
+    def progress(pool: None, jobs: list[run.Job], title: str) -> Iterator[Any]:
+        for job in reversed(jobs):
+            counted = (
+                [] if job.package in why else [Measured(job.case.name, SIZES, FORWARD, job.package, [work()])]
+            )
+            yield job, counted, *why.get(job.package, ("", False))
+
+    monkeypatch.setattr(run, "processes", lambda _: nullcontext())
+    monkeypatch.setattr(run, "progress", progress)
+    rows = list(run.printed(todo, ["H200"]))
+    assert [(r["name"], r["side"], r.get("note")) for r in rows] == [
+        ("layer_norm", "fusedgpt", None),
+        ("layer_norm", "Inductor", "failed: x"),
+        ("layer_norm", "b", None),
+        ("add_layer_norm", "b", None),
+    ]
+    shown = capsys.readouterr().out
+    assert shown.count("a is left out: no a") == 1
+    assert "ours over the best peer's: instructions 1.00 (b)" in shown
+
+
+def test_jobs_are_ours_and_the_peers_that_have_the_operator() -> None:
+    found = {
+        (job.case.name, job.package) for job in run.jobs(["layer_norm", "dropout"], ["sm_80", "sm_90"], None)
+    }
+    assert {
+        ("layer_norm", "fusedgpt"),
+        ("layer_norm", "liger-kernel"),
+        ("dropout, dropout 0.1", "fusedgpt"),
+    } <= found
+    assert len([package for name, package in found if name.startswith("dropout")]) == 1
 
 
 # ---- the counts that kernels are held to
