@@ -1,4 +1,4 @@
-"""`python -m fusedgpt.bench step | ops | ... | all | counts | compare | readme | tiles | gpu | kernels-report | emulate`:
+"""`python -m fusedgpt.bench step | ops | ... | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate`:
 the bench suite's command line.
 
 argparse, not tyro as in `gpt`: `gpu` has to run on machines where nothing can be installed.
@@ -32,6 +32,7 @@ SIZE_NAMES = (
 FUNCTIONS = {
     "ops": (".ops.run", "run_ops"),
     "counts": (".counts.run", "run_counts"),
+    "data": (".data", "run_data"),
     "compare": (".compare", "run_compare"),
     "readme": (".readme", "run_readme"),
     "tiles": (".tiles.sweep", "run_tiles"),
@@ -84,7 +85,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "What is faster, by how much, on this machine."
     parser = argparse.ArgumentParser(prog="python -m fusedgpt.bench", description=description)
-    names = "ops | step | memory | startup | decode | all | counts | compare | readme | tiles | gpu | kernels-report | emulate"
+    names = "ops | step | memory | startup | decode | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ops = commands.add_parser("ops", help="operators beside others: time, memory, share of the limit")
@@ -155,6 +156,22 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--pictures", type=Path, metavar="FOLDER", help="for its pictures (default: that of --out)"
         )
+
+    data = commands.add_parser(
+        "data", help="training of BPE beside tokenizers, and GPT-2 encoding beside tiktoken"
+    )
+    made = "files, folders, tales:N, or languages:N for N MB made here (default: tales:20000 languages:2 languages:10)"
+    data.add_argument("sources", nargs="*", metavar="TEXT", help=made)
+    data.add_argument(
+        "--vocab-sizes",
+        type=_count,
+        nargs="+",
+        metavar="V",
+        default=(4096, 32768),
+        help="(default: 4096 32768)",
+    )
+    data.add_argument("--rounds", type=_count, default=3, help="turns of each (default: 3)")
+    data.add_argument("--out", type=Path, metavar="JSON", help="write the record there")
 
     compare = commands.add_parser("compare", help="what moved from one record to another")
     compare.add_argument("before", type=Path, metavar="A.json")

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import data
 from .counts import pages
 from .ops.run import OURS, first_sizes, ours_and_fastest_other
 from .record import ROOT, Record, draw, load
@@ -16,7 +17,9 @@ from .table import markdown
 
 BEGIN = "<!-- bench: `python -m fusedgpt.bench readme` writes what follows; never edit it by hand -->\n"
 END = "<!-- /bench -->\n"
-Newest = dict[str, tuple[Path, Record]]  # file and record of "gpu", "cpu" and "counts", where there is one
+Newest = dict[
+    str, tuple[Path, Record]
+]  # file and record of "gpu", "cpu", "counts" and "data", where there is one
 Rows = list[dict[str, Any]]
 
 
@@ -40,11 +43,13 @@ def run_readme(results: Sequence[Path] = (), root: Path = ROOT) -> None:
 
 
 def newest_results(files: Sequence[Path]) -> Newest:
-    """The newest record of a GPU, of a CPU and of counts."""
+    """The newest record of a GPU, of a CPU, of counts and of data preparation."""
     found: Newest = {}
     for file in files:
         record = load(file)
-        kind = "counts" if record["kind"] == "counts" else "gpu" if "cuda" in record["versions"] else "cpu"
+        kind = record["kind"]
+        if kind not in ("counts", "data"):
+            kind = "gpu" if "cuda" in record["versions"] else "cpu"
         if kind not in found or record["date"] >= found[kind][1]["date"]:
             found[kind] = (file, record)
     return dict(sorted(found.items(), reverse=True))
@@ -112,6 +117,9 @@ def full_block(newest: Newest, folder: Path) -> str:
         if kind == "counts":
             lines += [pages.about(record) + ".", "", *pages.full(record)]
             lines += ["![Work of every unit, ours beside peers](bench-counts.png)", ""]
+            continue
+        if kind == "data":
+            lines += [*data.markdown(record["rows"]), ""]
             continue
         lines += [*_step_table(record["rows"]), *_ops_table(record["rows"])]
         for name, text in (
