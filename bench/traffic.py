@@ -159,6 +159,10 @@ class Traffic(TorchDispatchMode):
             ids, wte, wpe = (arguments[name] for name in ("ids", "wte", "wpe"))
             positions = min(len(wpe), arguments["T"])
             read += wte.itemsize * wte.shape[1] * (ids.numel() - len(wte)) - wpe[positions:].nbytes
+        if kernel == "row_sums_kernel" and arguments.get("ADD"):  # it skips the rows of dw without a token
+            offsets, dw = arguments["offsets"], arguments["dw"]
+            added = int((offsets.diff() > 0).sum()) * dw[0].nbytes
+            read, written = read + added, added
         self._add(kernel, read, written)
 
     def _add(self, name: str, read: int, written: int, flops: int = 0) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import kernels
 from ._triton import INTERPRETED
 from .backend import use_backend
+from .matmul import gradients_in_place
 from .ops.attention.operator import WIDEST
 from .tiles import ANY, ATTENTION_ONE_PASS, attention_row, attention_tile, hardware
 
@@ -57,6 +58,7 @@ class Example:
     parameters: Mapping[str, Shape] = field(default_factory=dict)  # float32 masters in training
     integers: Mapping[str, Integers] = field(default_factory=dict)
     one_pass: bool = False  # attention's backward in one pass, however few heads there are
+    in_place: bool = False  # gradients are added to parameters' `.grad`, by the operator itself where it can
 
 
 def draw(
@@ -104,7 +106,15 @@ def results(example: Example, tensors: Tensors, values: torch.dtype | None = Non
     ]
     leaves = [t for t in tensors.values() if t.requires_grad]
     with forced_one_pass() if example.one_pass else nullcontext():
-        gradients = torch.autograd.grad(outputs, leaves, incoming)
+        if example.in_place:
+            for t in (tensors[name] for name in example.parameters):
+                start = torch.randn(t.shape, generator=generator, device=t.device)
+                t.grad = start.to(values or t.dtype).to(t.dtype)
+            with gradients_in_place():
+                torch.autograd.backward(outputs, incoming)
+            gradients = tuple(t.grad for t in leaves if t.grad is not None)
+        else:
+            gradients = torch.autograd.grad(outputs, leaves, incoming)
     return [*(y.detach() for y in outputs), *gradients]
 
 
@@ -357,6 +367,11 @@ def dropout(rows: int, columns: int, p: float = 0.1) -> Example:
     return Example("dropout", f"{rows} x {columns}", call, {"x": (rows, columns)}, {}, _seed(p))
 
 
+def in_place(example: Example) -> Example:
+    """The example as a training step calls it, within `gradients_in_place`."""
+    return replace(example, size=f"{example.size}, in place", in_place=True)
+
+
 def evaluated(example: Example) -> Example:
     """The example without gradients, as evaluation calls it."""
 
@@ -443,6 +458,7 @@ def compiled() -> Iterator[tuple[Example, torch.dtype]]:
         yield dropout(rows, 768), dtype
         yield linear(rows, 768, 2304), dtype
         yield embed(1, rows, 768, 64, p, dtype), dtype
+        yield in_place(embed(1, rows, 768, 64, p, dtype)), dtype
         yield add_layer_norm(rows, 768, p), dtype
         yield gelu_mlp(rows, 768, b_proj=None), dtype
         for reduction in ("mean", "none"):

@@ -277,6 +277,7 @@ def _rows() -> Iterator[Check]:
     for batch, length, columns, vocabulary in ((2, 150, 96, 2), (3, 33, 768, 200), (1, 40, 1030, 11)):
         embed = examples.embed(batch, length, columns, vocabulary, 0.1)
         yield check_of(embed, *names, dtypes=EVERY, tested=columns != 1030)
+        yield check_of(examples.in_place(embed), *names, dtypes=EVERY, tested=columns == 96)
     yield check_of(examples.embed(4, 64, 512, 50), *names, tested=False)
     yield check_of(examples.linear(140, 96, 131), "column_sum_kernel", dtypes=EVERY)
     yield check_of(examples.linear(300, 64, 768), "column_sum_kernel", tested=False)

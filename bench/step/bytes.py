@@ -61,20 +61,20 @@ class Row:
 def measure(work: Workload) -> Iterator[Row]:
     """The parts of a step, the largest first, then the whole step and its peak memory."""
     traffic = Traffic(COMPUTED)
-    ids = torch.zeros(work.batch, work.config.context_length, dtype=torch.int64)
+    batch = next(work.batches())
     with without_a_gpu(traffic, *GPU), allocations(work.device) as memory, traffic:
         with torch.device("meta"):
             model = GPT(work.config)
         model.to_empty(device=work.device)  # weights of any value: nothing is written to them
         settings = train_config(work)
-        step = TrainStep(model, build_optimizers(model, settings), repeat((ids, ids)), settings)
+        step = TrainStep(model, build_optimizers(model, settings), repeat(batch), settings)
         step()  # the optimizer's state is allocated
         traffic.operations.clear()
         step()
         first = traffic.operations.copy()
-        step.micro_step(ids, ids)
+        step.micro_step(*batch)
         traffic.operations.clear()
-        step.micro_step(ids, ids)
+        step.micro_step(*batch)
     second = traffic.operations
     parts, further = _by_part(first), _by_part(second)
     whole = sum(o.bytes for o in first)
@@ -111,7 +111,7 @@ def _part(operation: Operation) -> str:
     """The part of the step that an operation belongs to."""
     if "_to_copy" in operation.name:
         return CASTS
-    if not operation.inside and "aten.add" in operation.name and operation.node:
+    if not operation.inside and operation.name in ("aten.add.Tensor", "aten.add_.Tensor") and operation.node:
         return SUMS  # by autograd: in .grad, and of the gradients of a tensor that is used twice
     caller = operation.inside or operation.node
     table, text = (PARTS, caller) if caller else (REST, operation.name)

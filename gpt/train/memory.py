@@ -17,7 +17,7 @@ from ..optim import build_optimizers
 from .interruption import TrainingError
 from .step import TrainStep
 
-_CHUNK = 4096  # approximate rows of logits that the fused head holds at a time
+_CHUNK = 5120  # approximate rows of logits that the fused head holds at a time
 _SPARE = 0.04  # fraction of a GPU left for evaluation, samples and fragmentation
 
 
@@ -51,7 +51,7 @@ def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
                      pre-activation GELU's slope in float32, unless GELU is exact.
                      Recomputed: N L (a + r) C and one layer's. Either way as much as one layer's for the backward's
                      gradients.
-        head         fused: 4096 rows of logits, a V C for the weight's cast and 4 V C for its gradient;
+        head         fused: 5120 rows of logits, a V C for the weight's cast and 4 V C for its gradient;
                      in plain PyTorch 3 · 4 N V: log-softmax, its gradient and the logits'
     """
     n, c, layers = settings.sequences * shape.context_length, shape.n_embd, shape.n_layer

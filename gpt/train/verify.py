@@ -111,18 +111,18 @@ def _examples(config: RunConfig, device: torch.device) -> Iterator[Example]:
 
     wide = settings.float32_residual and pre and dtype != torch.float32
     residual, p = torch.float32 if wide else dtype, shape.resid_dropout
-    yield examples.embed(1, rows, width, vocabulary[1], shape.embd_dropout, residual)
+    yield examples.in_place(examples.embed(1, rows, width, vocabulary[1], shape.embd_dropout, residual))
     if pre:
         yield examples.layer_norm(rows, width, bias, wide)
         yield examples.add_layer_norm(rows, width, p, x_bias=bias, bias=bias, wide=wide)
     yield examples.add_layer_norm(rows, width, p, x_bias=bias, bias=bias, wide=wide, last=True)
-    yield examples.linear(rows, width, 3 * width, bias and shape.qkv_bias)
-    yield examples.linear(rows, width, width, bias=False)
+    yield examples.in_place(examples.linear(rows, width, 3 * width, bias and shape.qkv_bias))
+    yield examples.in_place(examples.linear(rows, width, width, bias=False))
     for one_pass in _passes(config, device):
         yield examples.causal_attention(1, rows, *heads, shape.attn_dropout, one_pass=one_pass)
-    yield mlp
-    yield examples.linear_cross_entropy(
-        *loss, label_smoothing=settings.label_smoothing, z_loss=settings.z_loss
+    yield examples.in_place(mlp)
+    yield examples.in_place(
+        examples.linear_cross_entropy(*loss, label_smoothing=settings.label_smoothing, z_loss=settings.z_loss)
     )
     # no dropout, and the residual stream in `dtype`
     yield examples.evaluated(examples.embed(1, rows, width, vocabulary[1], out_dtype=dtype))

@@ -14,7 +14,8 @@ behind them. So the longest sum of one program grows as √N, even where all N r
 Bytes moved for N = B T rows of C elements of s bytes and tables of V and P rows with w bytes an element:
 
     forward   N C (w + s) + T C w: rows of wte in, x out; wpe comes from the cache except the first time
-    backward  2 N C s + (V + P) C w: dx in once per table, both gradients out; 8 C more per chunk within one segment
+    backward  2 N C s + (V + P) C w: dx in once per table, both gradients out; 8 C more per chunk within one segment.
+              Within `gradients_in_place`, 8 C for each table row of the batch instead: read from `.grad`, added, written
 
 plus 8 to 12 bytes a row each time ids, keys and their order are read.
 """
@@ -29,6 +30,7 @@ from .. import checks, reference
 from .._triton import on_device_of, tl, triton
 from ..backend import choose, register
 from ..dropout_mask import dropout_key, int32_bits, keep_scale, keep_tile, threshold_bits
+from ..matmul import leaf, own_gradient
 from ..tiles import EMBED, ROW_SUMS, hardware, next_power_of_two, select
 
 
@@ -94,9 +96,13 @@ def row_sums_kernel(
     scale,
     chunk,
     C: tl.constexpr,
+    ADD: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """dw[v] is the sum over order[offsets[v]:offsets[v + 1]]: of its whole chunks' sums and the rows around them."""
+    """dw[v] is the sum over order[offsets[v]:offsets[v + 1]]: of its whole chunks' sums and the rows around them.
+
+    ADD: it is added to dw[v]; rows without a summand are left alone.
+    """
     across = tl.cdiv(C, tile.block)
     target = (tl.program_id(0) // across).to(tl.int64)
     column = tl.program_id(0) % across * tile.block + tl.arange(0, tile.block)
@@ -118,7 +124,10 @@ def row_sums_kernel(
             here = (at < last)[:, None] & (column < C)[None, :]
             acc += tl.sum(tl.load(partial + at[:, None] * C + column[None, :], mask=here, other=0.0), 0)
         acc *= scale
-    tl.store(dw + target * C + column, acc, mask=column < C)
+        if ADD:
+            acc += tl.load(dw + target * C + column, mask=column < C)
+    if not ADD or begin < end:
+        tl.store(dw + target * C + column, acc, mask=column < C)
 
 
 def _launch_forward(
@@ -155,15 +164,18 @@ def _launch_row_sums(
     p: float,
     seed: Tensor | None,
     stream: int,
+    total: Tensor | None = None,
 ) -> Tensor:
     """dw (rows, C) in dtype: dw[v] is the sum of the rows order[i] of dropout(dx), dx (..., C), with keys[i] = v.
 
-    keys: (N,) int32, ascending; those outside [0, rows) belong to no row. order: (N,) int64.
+    keys: (N,) int32, ascending; those outside [0, rows) belong to no row. order: (N,) int64. total: (rows, C) contiguous
+    float32, to which dw is added; then dw is empty.
     """
     C = dx.shape[-1]
-    dw = dx.new_empty((rows, C), dtype=dtype)
+    result = dx.new_empty((rows, C) if total is None else 0, dtype=dtype)
+    dw = result if total is None else total
     if dx.numel() == 0 or dw.numel() == 0:
-        return dw.zero_()
+        return result.zero_()
     dx = dx.contiguous()
     table = torch.arange(rows + 1, dtype=torch.int32, device=dx.device)
     offsets = torch.searchsorted(keys, table, out_int32=True)
@@ -177,22 +189,24 @@ def _launch_row_sums(
         if len(partial):
             chunk_sums_kernel[(len(partial) * across,)](dx, keys, order, partial, *mask, chunk, **sizes)
         row_sums_kernel[(rows * across,)](
-            dx, order, offsets, partial, dw, *mask, keep_scale(p), chunk, **sizes
+            dx, order, offsets, partial, dw, *mask, keep_scale(p), chunk, ADD=total is not None, **sizes
         )
-    return dw
+    return result
 
 
 _row_sums = register(
     "embedding_row_sums(Tensor dx, Tensor keys, Tensor order, int rows, ScalarType dtype, float p, Tensor? seed, "
-    "int stream) -> Tensor",
+    "int stream, Tensor(a!)? total=None) -> Tensor",
     _launch_row_sums,
-    lambda dx, keys, order, rows, dtype, *_: dx.new_empty((rows, dx.shape[-1]), dtype=dtype),
+    lambda dx, keys, order, rows, dtype, p, seed, stream, total=None: dx.new_empty(
+        (rows, dx.shape[-1]) if total is None else 0, dtype=dtype
+    ),
 )
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ids, wte, wpe, ctx.p, seed, ctx.stream, _ = inputs
-    ctx.tables = [(len(wte), wte.dtype), (len(wpe), wpe.dtype)]
+    ctx.tables = [(len(table), table.dtype, leaf(table)) for table in (wte, wpe)]
     ctx.save_for_backward(ids, seed)
 
 
@@ -200,17 +214,22 @@ def _gradients(ctx: Any, dx: Tensor | None) -> tuple[Tensor | None, ...]:
     if dx is None:
         return (None,) * 7
     ids, seed = ctx.saved_tensors
-    (tokens, wte_dtype), (positions, wpe_dtype) = ctx.tables
-    mask = (ctx.p, seed, ctx.stream)
+    wte, wpe = ctx.tables
+
+    def gradient(table: tuple, keys: Tensor, order: Tensor) -> Tensor | None:
+        rows, dtype, table_leaf = table
+        total = own_gradient(table_leaf)
+        dw = _row_sums(dx, keys, order, rows, dtype, ctx.p, seed, ctx.stream, total)
+        return dw if total is None else None
+
     dwte = dwpe = None
     if ctx.needs_input_grad[1]:
         # 32 bits take half the passes of a radix sort. Clamping keeps an id out of range, whatever its value.
-        keys, order = ids.flatten().clamp(-1, tokens).int().sort(stable=True)
-        dwte = _row_sums(dx, keys, order, tokens, wte_dtype, *mask)
+        dwte = gradient(wte, *ids.flatten().clamp(-1, wte[0]).int().sort(stable=True))
     if ctx.needs_input_grad[2]:
         batch, length = ids.shape
         order = torch.arange(batch * length, device=ids.device).view(batch, length).T.flatten()
-        dwpe = _row_sums(dx, (order % length).int(), order, positions, wpe_dtype, *mask)
+        dwpe = gradient(wpe, (order % length).int(), order)
     return None, dwte, dwpe, None, None, None, None
 
 

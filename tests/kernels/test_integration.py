@@ -32,10 +32,15 @@ ARGUMENTS = [
     ("embed", (IDS, leaf(7, 5), leaf(4, 5), 0.3, SEED, 1, F16)),
     ("embed", (IDS.int(), leaf(7, 140, dtype=F16), leaf(3, 140), 0.0, None, 0, F32)),
     ("embedding_row_sums", (flat(2, 3, 5), *IDS.int().flatten().sort(stable=True), 7, F16, 0.3, SEED, 1)),
+    (
+        "embedding_row_sums",
+        (flat(2, 3, 5), *IDS.int().flatten().sort(stable=True), 7, F16, 0.0, None, 1, flat(7, 5)),
+    ),
     ("linear", (leaf(2, 3, 5), leaf(7, 5), flat(7, 5), leaf(7))),
     ("linear", (leaf(3, 5, dtype=F16), leaf(5, 7).T, flat(5, 7, dtype=F16).T, None)),
     ("linear_backward", (flat(2, 3, 7), flat(2, 3, 5), flat(7, 5), F32, False, True)),
     ("linear_backward", (flat(3, 7, dtype=F16), flat(3, 5, dtype=F16), None, F32, True, False)),
+    ("linear_backward", (flat(2, 3, 7), flat(2, 3, 5), flat(7, 5), F32, False, True, flat(7, 5))),
     ("column_sum", (flat(40, 35, dtype=F16),)),
     ("dropout", (leaf(3, 5), 0.3, SEED, 1)),
     ("layer_norm", (leaf(2, 3, 5), leaf(5), leaf(5), 1e-5, F32)),
@@ -67,8 +72,17 @@ ARGUMENTS = [
         (flat(2, 3, 8), flat(2, 3, 24), flat(2, 3, 8), flat(2, 2, 3), 2, FIRST, 0.0, None, 0, 0.5, True),
     ),
     # in the interpreter, rows of whole 16 bytes go to our own matmuls, others to the library's
-    ("gelu_mlp", (leaf(2, 33, 8), leaf(72, 8), leaf(72), leaf(8, 72), leaf(8), False, True)),
-    ("gelu_mlp", (leaf(3, 5, dtype=F16), leaf(7, 5), None, leaf(7, 6).T, None, True, False)),
+    (
+        "gelu_mlp",
+        (leaf(2, 33, 8), leaf(72, 8), flat(72, 8), leaf(72), leaf(8, 72), flat(8, 72), leaf(8), False, True),
+    ),
+    (
+        "gelu_mlp",
+        (
+            *(leaf(3, 5, dtype=F16), leaf(7, 5), flat(7, 5, dtype=F16), None),
+            *(leaf(7, 6).T, flat(7, 6, dtype=F16).T, None, True, False),
+        ),
+    ),
     (
         "gelu_mlp_backward",
         (
@@ -76,6 +90,21 @@ ARGUMENTS = [
             None,
             False,
             [True] * 4 + [False],
+            F32,
+            F32,
+        ),
+    ),
+    (
+        "gelu_mlp_backward",
+        (
+            *(flat(66, 8), flat(66, 8), flat(66, 72), flat(72, 8), flat(72), flat(8, 72)),
+            None,
+            False,
+            [True] * 4 + [False],
+            F32,
+            F32,
+            flat(72, 8),
+            flat(8, 72),
         ),
     ),
     (
@@ -84,6 +113,8 @@ ARGUMENTS = [
             *(flat(3, 6), flat(3, 5), None, flat(5, 7).T, None, flat(6, 7), flat(6)),
             True,
             [False, True, False, True, True],
+            F32,
+            F32,
         ),
     ),
     ("linear_cross_entropy", (leaf(5, 6), leaf(70, 6), TARGETS, 67, 3, 0.1, 1e-3, True, True, True)),

@@ -206,10 +206,12 @@ def test_any_number_of_rows(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_saved(name: str) -> None:
-    """x, the parameters and the pre-activation; recomputing leaves that out and changes no bit of the gradient."""
+    """x, the biases, the weights as they multiply, and the pre-activation; recomputing leaves that out and changes no bit
+    of the gradient."""
     x, *parameters = inputs(torch.float16, torch.float32, 40, 24, 72)
     slopes = []
-    for recompute, extra in ((False, [(40, 72)]), (True, [])):
+    casts = [(72, 24), (24, 72)]
+    for recompute, extra in ((False, [(40, 72), *casts]), (True, casts)):
         saved: list[Tensor] = []
         with form(name):
             with saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):

@@ -4,8 +4,9 @@
     backward  da = dy W_proj,  dpre = da · GELU'(pre + b_fc),  dx = dpre W_fc
               dW_proj = dyᵀ a,  db_proj = Σ rows of dy,  dW_fc = dpreᵀ x,  db_fc = Σ rows of dpre
 
-GELU is 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), GPT-2's, or x Φ(x). Saved: x and pre, or x only with recompute; a is
-recomputed. pre does not include its bias: the kernels add it in float32 from a register, where a matmul would first
+GELU is 0.5 x (1 + tanh(√(2/π) (x + 0.044715 x³))), GPT-2's, or x Φ(x). Saved: x, the weights in x's dtype, and pre
+unless it is recomputed; a is recomputed. dW_fc and dW_proj are rounded once, from the float32 accumulator to the weight's
+dtype, or added to its `.grad` by their matmul (`matmul.gradients_in_place`). pre does not include its bias: the kernels add it in float32 from a register, where a matmul would first
 round it to the activations' dtype.
 
 For M rows of C, F = 4 C and s bytes an element: 6 matmuls, 12 M C F FLOPs (7 and 14 with recompute). Elementwise work
@@ -30,7 +31,7 @@ from torch import Tensor
 from ... import checks, reference
 from ..._triton import TensorDescriptor, on_device_of, triton
 from ...backend import autocast, choose, register, without_autocast
-from ...matmul import by_column, weight_gradient
+from ...matmul import by_column, leaf, own_gradient, weight_gradient
 from ...tiles import (
     GELU_BACKWARD,
     GELU_FORWARD,
@@ -52,18 +53,19 @@ _ALIGNED = 16  # bytes: alignment of a descriptor's address and of the distance 
 def _launch(
     x: Tensor,
     w_fc: Tensor,
+    up: Tensor,
     b_fc: Tensor | None,
     w_proj: Tensor,
+    down: Tensor,
     b_proj: Tensor | None,
     exact: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """The output, and the pre-activation without its bias (empty unless `keep`)."""
     bias = None if b_fc is None else b_fc.contiguous()
-    pre, a = _up(x.reshape(-1, x.shape[-1]), w_fc.to(x.dtype), bias, exact, keep)
-    w_proj = w_proj.to(x.dtype)
-    y = a @ w_proj.T if b_proj is None else torch.addmm(b_proj.to(x.dtype), a, w_proj.T)
-    return y.view(*x.shape[:-1], w_proj.shape[0]), x.new_empty(0) if pre is None else pre
+    pre, a = _up(x.reshape(-1, x.shape[-1]), up, bias, exact, keep)
+    y = a @ down.T if b_proj is None else torch.addmm(b_proj.to(x.dtype), a, down.T)
+    return y.view(*x.shape[:-1], down.shape[0]), x.new_empty(0) if pre is None else pre
 
 
 def _up(x: Tensor, w: Tensor, bias: Tensor | None, exact: bool, keep: bool) -> tuple[Tensor | None, Tensor]:
@@ -187,42 +189,49 @@ def _launch_backward(
     dy: Tensor,
     x: Tensor,
     pre: Tensor | None,
-    w_fc: Tensor,
+    up: Tensor,
     b_fc: Tensor | None,
-    w_proj: Tensor,
+    down: Tensor,
     b_proj: Tensor | None,
     exact: bool,
     wanted: Sequence[bool],
+    fc_dtype: torch.dtype,
+    proj_dtype: torch.dtype,
+    fc_total: Tensor | None = None,
+    proj_total: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """The gradients of x, w_fc, b_fc, w_proj and b_proj, empty where not wanted. pre is recomputed if None."""
+    """The gradients of x, w_fc, b_fc, w_proj and b_proj, empty where not wanted or added to a total. pre is recomputed
+    if None."""
     if not x.numel():
-        none = _fake_backward(dy, x, pre, w_fc, b_fc, w_proj, b_proj, exact, wanted)
+        none = _fake_backward(
+            dy, x, pre, up, b_fc, down, b_proj, exact, wanted, fc_dtype, proj_dtype, fc_total, proj_total
+        )
         return tuple(gradient.zero_() for gradient in none)
     want_x, want_w_fc, want_b_fc, want_w_proj, want_b_proj = wanted
     dx, dw_fc, db_fc, dw_proj, db_proj = (x.new_empty(0) for _ in wanted)
-    shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, w_proj.shape[0]).contiguous()
+    shape, x, dy = x.shape, x.reshape(-1, x.shape[-1]), dy.reshape(-1, down.shape[0]).contiguous()
     if want_b_proj and b_proj is not None:
         db_proj = column_sum(dy).to(b_proj.dtype)
     inner = want_x or want_w_fc or want_b_fc
     if not inner and not want_w_proj:
         return dx, dw_fc, db_fc, dw_proj, db_proj
-    up, bias = w_fc.to(x.dtype), None if b_fc is None else b_fc.contiguous()
+    bias = None if b_fc is None else b_fc.contiguous()
     before = x @ up.T if pre is None else pre
     a = None
     if want_w_proj:
         a = before if pre is None else torch.empty_like(before)
     if inner:
-        dpre, sums = _down_gradient(dy, w_proj.to(x.dtype), before, bias, a, exact, want_b_fc)
+        dpre, sums = _down_gradient(dy, down, before, bias, a, exact, want_b_fc)
         if sums is not None and b_fc is not None:
             db_fc = sums.sum(0).to(b_fc.dtype)
         if want_x:
             dx = (dpre @ up).view(shape)
         if want_w_fc:
-            dw_fc = weight_gradient(dpre, x, w_fc.dtype, by_column(w_fc))
+            dw_fc = weight_gradient(dpre, x, fc_dtype, by_column(up), fc_total)
     else:
         _launch_pass(gelu_kernel, GELU_FORWARD, before, bias, (a,), exact)
     if a is not None:
-        dw_proj = weight_gradient(dy, a, w_proj.dtype, by_column(w_proj))
+        dw_proj = weight_gradient(dy, a, proj_dtype, by_column(down), proj_total)
     return dx, dw_fc, db_fc, dw_proj, db_proj
 
 
@@ -230,63 +239,68 @@ def _fake_backward(
     dy: Tensor,
     x: Tensor,
     pre: Tensor | None,
-    w_fc: Tensor,
+    up: Tensor,
     b_fc: Tensor | None,
-    w_proj: Tensor,
+    down: Tensor,
     b_proj: Tensor | None,
     exact: bool,
     wanted: Sequence[bool],
+    fc_dtype: torch.dtype,
+    proj_dtype: torch.dtype,
+    fc_total: Tensor | None = None,
+    proj_total: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    def weight(w: Tensor) -> Tensor:
-        return w.new_empty(w.shape[::-1]).T if by_column(w) else w.new_empty(w.shape)
+    def weight(w: Tensor, dtype: torch.dtype, total: Tensor | None) -> Tensor:
+        if total is not None:
+            return w.new_empty(0, dtype=dtype)
+        made = w.new_empty(w.shape[::-1] if by_column(w) else w.shape, dtype=dtype)
+        return made.T if by_column(w) else made
 
     db_fc, db_proj = (x if b is None else b.new_empty(b.shape) for b in (b_fc, b_proj))
-    gradients = (x.new_empty(x.shape), weight(w_fc), db_fc, weight(w_proj), db_proj)
+    dw_fc, dw_proj = weight(up, fc_dtype, fc_total), weight(down, proj_dtype, proj_total)
+    gradients = (x.new_empty(x.shape), dw_fc, db_fc, dw_proj, db_proj)
     return tuple(t if want else x.new_empty(0) for t, want in zip(gradients, wanted, strict=True))
 
 
 _backward = register(
-    "gelu_mlp_backward(Tensor dy, Tensor x, Tensor? pre, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, "
-    "bool exact, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "gelu_mlp_backward(Tensor dy, Tensor x, Tensor? pre, Tensor up, Tensor? b_fc, Tensor down, Tensor? b_proj, "
+    "bool exact, bool[] wanted, ScalarType fc_dtype, ScalarType proj_dtype, Tensor(a!)? fc_total=None, "
+    "Tensor(b!)? proj_total=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _launch_backward,
     _fake_backward,
 )
 
 
 def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    x, w_fc, b_fc, w_proj, b_proj, ctx.exact, keep = inputs
-    ctx.save_for_backward(x, output[1] if keep else None, w_fc, b_fc, w_proj, b_proj)
+    x, w_fc, up, b_fc, w_proj, down, b_proj, ctx.exact, keep = inputs
+    ctx.dtypes, ctx.leaves = (w_fc.dtype, w_proj.dtype), (leaf(w_fc), leaf(w_proj))
+    ctx.save_for_backward(x, output[1] if keep else None, up, b_fc, down, b_proj)
 
 
 def _gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 7
-    wanted = list(ctx.needs_input_grad[:5])
+        return (None,) * 9
+    wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3, 4, 6)]
+    totals = [own_gradient(w) if wanted[i] else None for i, w in zip((1, 3), ctx.leaves, strict=True)]
     # A backward inside the autocast region would otherwise round the weights' gradients to its dtype.
     with without_autocast(dy):
-        gradients = _backward(dy, *ctx.saved_tensors, ctx.exact, wanted)
-    found = (gradient if want else None for gradient, want in zip(gradients, wanted, strict=True))
-    return *found, None, None
+        gradients = _backward(dy, *ctx.saved_tensors, ctx.exact, wanted, *ctx.dtypes, *totals)
+    dx, dw_fc, db_fc, dw_proj, db_proj = (
+        g if want else None for g, want in zip(gradients, wanted, strict=True)
+    )
+    dw_fc, dw_proj = (g if total is None else None for g, total in zip((dw_fc, dw_proj), totals, strict=True))
+    return dx, dw_fc, None, db_fc, dw_proj, None, db_proj, None, None
 
 
-def _fake(
-    x: Tensor,
-    w_fc: Tensor,
-    b_fc: Tensor | None,
-    w_proj: Tensor,
-    b_proj: Tensor | None,
-    exact: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty((*x.shape[:-1], w_proj.shape[0])), x.new_empty((rows, w_fc.shape[0]) if keep else 0)
-
-
+# up, down: the weights in x's dtype, without gradient; w_fc and w_proj are only read for their dtype.
 _gelu_mlp = register(
-    "gelu_mlp(Tensor x, Tensor w_fc, Tensor? b_fc, Tensor w_proj, Tensor? b_proj, bool exact, bool keep) "
-    "-> (Tensor, Tensor)",
+    "gelu_mlp(Tensor x, Tensor w_fc, Tensor up, Tensor? b_fc, Tensor w_proj, Tensor down, Tensor? b_proj, bool exact, "
+    "bool keep) -> (Tensor, Tensor)",
     _launch,
-    _fake,
+    lambda x, w_fc, up, b_fc, w_proj, down, b_proj, exact, keep: (
+        x.new_empty((*x.shape[:-1], w_proj.shape[0])),
+        x.new_empty((x.numel() // x.shape[-1], w_fc.shape[0]) if keep else 0),
+    ),
     _save,
     _gradients,
 )
@@ -337,5 +351,6 @@ def gelu_mlp(
     if choose("gelu_mlp", x, *given, obstacle=empty).backend == "triton":
         trained = any(t is not None and t.requires_grad for t in (x, *given))
         keep = trained and torch.is_grad_enabled() and not recompute
-        return _gelu_mlp(x, *given, approximate == "none", keep)[0]
+        up, down = (w.detach().to(x.dtype) for w in (w_fc, w_proj))
+        return _gelu_mlp(x, w_fc, up, b_fc, w_proj, down, b_proj, approximate == "none", keep)[0]
     return reference.gelu_mlp(x, w_fc, b_fc, w_proj, b_proj, approximate, recompute)
