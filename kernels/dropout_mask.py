@@ -116,31 +116,54 @@ def column_keys(key, column):
 
 
 @triton.jit
-def dropout_words(r, c):
-    """The 32-bit words of positions, for r and c that broadcast."""
-    product = r.to(tl.uint64) * (c ^ r)  # one wide multiplication, where umulhi and a product would be two
+def dropout_words(r, c, PTX: tl.constexpr = False):
+    """The 32-bit words of positions, for r and c that broadcast. PTX: whether inline assembly may be PTX."""
+    x = c ^ r
+    if PTX:  # LLVM multiplies an r from outside a loop in 64 bits, three instructions for this one
+        product = tl.inline_asm_elementwise(
+            "mul.wide.u32 $0, $1, $2;", "=l,r,r", [r, x], dtype=tl.uint64, is_pure=True, pack=1
+        )
+    else:
+        product = r.to(tl.uint64) * x
     return (product >> 32).to(tl.uint32) ^ product.to(tl.uint32)
 
 
 @triton.jit
 def keep_tile(key, row, column, threshold):
-    """The mask of a tile of `row` (R,) and `column` (C,) indices, True where kept. threshold: `threshold_bits(p)`."""
-    words = dropout_words(row_keys(key, 0, row)[:, None], column_keys(key, column)[None, :])
+    """The mask of row and column indices that broadcast, True where kept. threshold: `threshold_bits(p)`."""
+    words = dropout_words(row_keys(key, 0, row), column_keys(key, column))
     return words >= threshold.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def keep_scores(key, head, q, k, threshold):
-    """The mask of a tile of attention scores, True where kept.
+def keep_signs(key, head, start_q, q, start_k, k, threshold, PTX: tl.constexpr = False):
+    """The mask of a tile of attention scores, packed: words, and which byte of its word is an element's.
 
-    q and k: int32 positions that broadcast, (Q, 1) and (1, K), or (1, Q) and (K, 1) for a transposed tile.
-    threshold: `attention_threshold(p)`. Bit 3 is cleared before hashing, so that the compiler computes a word that
-    elements share only once. Comparing the byte in place saves the shift.
+    A byte's sign bit is set where its element is kept: its seven bits plus 128 - threshold never carry over.
+
+    start_q, start_k: the tile's position, multiples of 16. q and k: int32 positions within it that broadcast, (Q, 1) and
+    (1, K), or (1, Q) and (K, 1) for a transposed tile: their bit 3 is cleared before hashing, so that the compiler
+    computes a word that elements share only once. threshold: `attention_threshold(p)`.
     """
-    words = dropout_words(row_keys(key, head, q & ~8), column_keys(key, k & ~8))
-    unit = 1 << (8 * (2 * ((q >> 3) & 1) + ((k >> 3) & 1)))  # the lowest bit of the element's byte
-    unit = unit.to(tl.uint32)
-    return (words & (unit * 127)) >= unit * threshold.to(tl.uint32)
+    # q & ~8 would leave LLVM two forms of one position, and both would be hashed
+    r = row_keys(key, head, start_q + (q - (q & 8)))
+    c = column_keys(key, start_k + (k - (k & 8)))
+    words = dropout_words(r, c, PTX)
+    signs = (words & 0x7F7F7F7F) + (128 - threshold).to(tl.uint32) * 0x01010101
+    return signs, 2 * ((q >> 3) & 1) + ((k >> 3) & 1)
+
+
+@triton.jit
+def keep_scores(key, head, q, k, threshold):
+    """The mask of `keep_signs` for positions q and k, True where kept."""
+    signs, byte = keep_signs(key, head, 0, q, 0, k, threshold)
+    return is_kept(signs, byte)
+
+
+@triton.jit
+def is_kept(signs, byte):
+    """What `keep_signs` returned as a mask, True where kept."""
+    return (signs >> (8 * byte + 7).to(tl.uint32) & 1) != 0
 
 
 @triton.jit

@@ -108,7 +108,8 @@ _OFFLINE = "offline"
 _FORWARD = (
     Tile(64, 64, 16, 1, 1, 12, _OFFLINE),
     Tile(256, 256, 4, 1, 1, 16, _OFFLINE),
-    Tile(512, 512, 2, 2, 1, 10, _OFFLINE),
+    Tile(512, 512, 2, 2, 1, 6, _OFFLINE),
+    Tile(768, 1024, 4, 4, 1, 2, _OFFLINE),
     Tile(1024, 1024, 2, 4, 1, 5, _OFFLINE),
     Tile(2048, 2048, 1, 4, 1, 4, _OFFLINE),
     Tile(4096, 4096, 1, 8, 1, 2, _OFFLINE),
@@ -116,9 +117,10 @@ _FORWARD = (
     Tile(ANY, 4096, 1, 8, 1, 0, _OFFLINE),
 )
 _BACKWARD = (
-    Tile(64, 64, 16, 1, 1, 12, _OFFLINE),
-    Tile(256, 256, 4, 1, 1, 10, _OFFLINE),
-    Tile(512, 512, 2, 2, 1, 6, _OFFLINE),
+    Tile(64, 64, 16, 1, 1, 8, _OFFLINE),
+    Tile(256, 256, 4, 1, 1, 8, _OFFLINE),
+    Tile(512, 512, 2, 2, 1, 5, _OFFLINE),
+    Tile(768, 1024, 4, 4, 1, 2, _OFFLINE),
     Tile(1024, 1024, 2, 4, 1, 4, _OFFLINE),
     Tile(2048, 2048, 1, 4, 1, 3, _OFFLINE),
     Tile(4096, 4096, 1, 8, 1, 1, _OFFLINE),
@@ -131,20 +133,22 @@ _BACKWARD = (
 # leave one program of 8 warps, where without a prefetch two are resident.
 _FORWARD_PREFETCHED = (
     *_FORWARD[:2],
-    Tile(512, 512, 2, 2, 3, 10, _OFFLINE),
+    Tile(512, 512, 2, 2, 3, 6, _OFFLINE),
+    Tile(768, 1024, 4, 4, 3, 2, _OFFLINE),
     Tile(1024, 1024, 2, 4, 3, 4, _OFFLINE),
     Tile(2048, 2048, 1, 4, 3, 3, _OFFLINE),
-    _FORWARD[5],
+    _FORWARD[6],
     Tile(8192, 8192, 1, 16, 3, 1, _OFFLINE),
-    _FORWARD[7],
+    _FORWARD[8],
 )
 _BACKWARD_PREFETCHED = (
     *_BACKWARD[:2],
-    Tile(512, 512, 2, 2, 3, 6, _OFFLINE),
+    Tile(512, 512, 2, 2, 3, 4, _OFFLINE),
+    Tile(768, 1024, 4, 4, 3, 2, _OFFLINE),
     Tile(1024, 1024, 2, 4, 3, 3, _OFFLINE),
     Tile(2048, 2048, 1, 4, 3, 2, _OFFLINE),
     Tile(4096, 4096, 1, 8, 3, 1, _OFFLINE),
-    _BACKWARD[6],
+    _BACKWARD[7],
 )
 _DATA_CENTRE = ("sm_80", "sm_90", "sm_100")
 _INTERPRETER = (Tile(128, 128, 16, 1, 1, 1, ""), Tile(ANY, 64, 4, 1, 1, 0, ""))
@@ -157,6 +161,8 @@ LAYER_NORM_FORWARD: dict[str, tuple[Tile, ...]] = {
 LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
     "any": _BACKWARD,
     **dict.fromkeys(_DATA_CENTRE, _BACKWARD_PREFETCHED),
+    # float32 in three stages takes 96 KiB at 768 columns, which leaves one program
+    "sm_80": (*_BACKWARD_PREFETCHED[:3], _BACKWARD[3], *_BACKWARD_PREFETCHED[4:]),
     "interpreter": _INTERPRETER,
 }
 

@@ -25,7 +25,7 @@ def dropout_kernel(x, out, seed, stream, threshold, scale, rows, columns, tile: 
     column = (tl.program_id(0) % across).to(tl.int64) * tile.block + tl.arange(0, tile.block)
     at = row[:, None] * columns + column[None, :]
     inside = (row < rows)[:, None] & (column < columns)[None, :]
-    keep = keep_tile(dropout_key(seed, stream), row, column, threshold)
+    keep = keep_tile(dropout_key(seed, stream), row[:, None], column[None, :], threshold)
     value = tl.load(x + at, mask=inside).to(tl.float32) * scale
     tl.store(out + at, tl.where(keep, value, 0.0), mask=inside)
 

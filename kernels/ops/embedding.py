@@ -50,7 +50,7 @@ def embed_kernel(
     x = x.to(tl.float32) + position.to(tl.float32)
     key = dropout_key(seed, stream)
     if key is not None:
-        x = tl.where(keep_tile(key, row, column, threshold), x * scale, 0.0)
+        x = tl.where(keep_tile(key, row[:, None], column[None, :], threshold), x * scale, 0.0)
     tl.store(out + row[:, None] * C + column[None, :], x, mask=here)
 
 
@@ -61,7 +61,7 @@ def _gather_sum(dx, order, at, end, column, C: tl.constexpr, key, threshold):
     here = (at < end)[:, None] & (column < C)[None, :]
     grad = tl.load(dx + row[:, None] * C + column[None, :], mask=here, other=0.0).to(tl.float32)
     if key is not None:
-        grad = tl.where(keep_tile(key, row, column, threshold), grad, 0.0)
+        grad = tl.where(keep_tile(key, row[:, None], column[None, :], threshold), grad, 0.0)
     return tl.sum(grad, 0)
 
 

@@ -8,11 +8,12 @@ hardware has. Tile offsets are 64 bits wide.
 """
 
 from ..._triton import tl, triton
-from ...dropout_mask import dropout_key, keep_scores
+from ...dropout_mask import dropout_key, keep_signs
 from .key_gradients import key_gradients
 from .masking import first_keys, key_range, visible
 from .tile_io import (
     NOT_SPECIALISED,
+    drop,
     head_of,
     head_of_contiguous,
     load,
@@ -36,7 +37,9 @@ def query_kernel(
     bh, index = place(tiles, group)
     batch, head = bh // n_head, bh % n_head
     start_m = (tiles - 1 - index) * meta.BLOCK_M  # the last queries see the most keys
-    offs_m = start_m + tl.arange(0, meta.BLOCK_M)
+    rows = tl.arange(0, meta.BLOCK_M)
+    columns = tl.arange(0, meta.BLOCK_N)
+    offs_m = start_m + rows
     first = first_keys(first_key, offs_m, batch, q_len, k_len)
     low, whole, high = key_range(start_m, first, q_len, k_len, meta)
     key = dropout_key(seed, stream)
@@ -57,7 +60,7 @@ def query_kernel(
         for start_n in tl.range(
             low, stop, meta.BLOCK_N, num_stages=meta.STAGES if meta.CAUSAL or not MASKED else 1
         ):
-            offs_n = start_n + tl.arange(0, meta.BLOCK_N)
+            offs_n = start_n + columns
             k_tile = load(k_head, start_n, meta.BLOCK_N, MASKED, meta)
             v_tile = load(v_head, start_n, meta.BLOCK_N, MASKED, meta)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
@@ -66,7 +69,10 @@ def query_kernel(
                 p = tl.where(visible(offs_m, offs_n, first, q_len, k_len, meta.CAUSAL, False), p, 0.0)
             dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
             if key is not None:
-                dp = tl.where(keep_scores(key, bh, offs_m[:, None], offs_n[None, :], threshold), dp, 0.0)
+                keep = keep_signs(
+                    key, bh, start_m, rows[:, None], start_n, columns[None, :], threshold, meta.PTX
+                )
+                dp = drop(dp, keep, meta)
             ds = p * (dp - delta[:, None])
             acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
         low = whole

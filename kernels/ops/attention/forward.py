@@ -1,9 +1,9 @@
 """The forward kernel of attention. `operator.py` has the mathematics, the bytes it moves and the launcher."""
 
 from ..._triton import tl, triton
-from ...dropout_mask import dropout_key, keep_scores
+from ...dropout_mask import dropout_key, keep_signs
 from .masking import first_keys, key_range, visible
-from .tile_io import NOT_SPECIALISED, as_operand, head_of, head_of_contiguous, load, place, store
+from .tile_io import NOT_SPECIALISED, as_operand, drop, head_of, head_of_contiguous, load, place, store
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALISED)
@@ -20,7 +20,9 @@ def forward_kernel(
     bh, index = place(tiles, group)
     batch, head = bh // n_head, bh % n_head
     start_m = (tiles - 1 - index) * meta.BLOCK_M  # the last queries see the most keys
-    offs_m = start_m + tl.arange(0, meta.BLOCK_M)
+    rows = tl.arange(0, meta.BLOCK_M)
+    columns = tl.arange(0, meta.BLOCK_N)
+    offs_m = start_m + rows
     first = first_keys(first_key, offs_m, batch, q_len, k_len)
     low, whole, high = key_range(start_m, first, q_len, k_len, meta)
     key = dropout_key(seed, stream)
@@ -37,7 +39,7 @@ def forward_kernel(
         for start_n in tl.range(
             low, stop, meta.BLOCK_N, num_stages=meta.STAGES if meta.CAUSAL or not MASKED else 1
         ):
-            offs_n = start_n + tl.arange(0, meta.BLOCK_N)
+            offs_n = start_n + columns
             k_tile = load(k_head, start_n, meta.BLOCK_N, MASKED, meta)
             qk = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (BLOCK_M, BLOCK_N)
             if MASKED:
@@ -51,8 +53,10 @@ def forward_kernel(
             l_i = l_i * alpha + tl.sum(p, 1)
             m_i = m_ij
             if key is not None:
-                p = tl.where(keep_scores(key, bh, offs_m[:, None], offs_n[None, :], threshold), p, 0.0)
-                p = as_operand(p, k_tile.dtype, meta)
+                keep = keep_signs(
+                    key, bh, start_m, rows[:, None], start_n, columns[None, :], threshold, meta.PTX
+                )
+                p = drop(as_operand(p, k_tile.dtype, meta), keep, meta)
             v_tile = load(v_head, start_n, meta.BLOCK_N, MASKED, meta)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * alpha[:, None], input_precision="ieee")
         low = whole

@@ -1,9 +1,9 @@
 """dk and dv of one key tile: the loop over the query tiles that both backwards run."""
 
 from ..._triton import tl, triton
-from ...dropout_mask import keep_scores
+from ...dropout_mask import keep_signs
 from .masking import first_keys, query_range, visible
-from .tile_io import add, as_operand, load, load_stats
+from .tile_io import add, as_operand, drop, load, load_stats
 
 
 @triton.jit
@@ -16,7 +16,9 @@ def key_gradients(
     S is transposed here, (BLOCK_N, BLOCK_M), so that P and dS multiply from registers.
     """
     q_len, k_len = q.length, k.length
-    offs_n = start_n + tl.arange(0, meta.BLOCK_N)
+    rows = tl.arange(0, meta.BLOCK_M)
+    columns = tl.arange(0, meta.BLOCK_N)
+    offs_n = start_n + columns
     k_tile = load(k, start_n, meta.BLOCK_N, True, meta)
     v_tile = load(v, start_n, meta.BLOCK_N, True, meta)
     tiles, low, some, every = query_range(start_n, q_len, k_len, first_key, q.batch, meta)
@@ -28,7 +30,7 @@ def key_gradients(
                 start_m = (low + index + tl.where(index < some, 0, every)) * meta.BLOCK_M
             else:
                 start_m = (low + some + index) * meta.BLOCK_M
-            offs_m = start_m + tl.arange(0, meta.BLOCK_M)
+            offs_m = start_m + rows
             q_tile = load(q, start_m, meta.BLOCK_M, MASKED, meta)
             do_tile = load(do, start_m, meta.BLOCK_M, MASKED, meta)
             lse_i = load_stats(stats, 2 * row, start_m, padded, meta.BLOCK_M)
@@ -42,14 +44,17 @@ def key_gradients(
                 delta = load_stats(stats, 2 * row + 1, start_m, padded, meta.BLOCK_M)
             dropped = p
             if key is not None:
-                keep = keep_scores(key, bh, offs_m[None, :], offs_n[:, None], threshold)
-                dropped = tl.where(keep, p, 0.0)
-                dp = tl.where(keep, dp, 0.0)
+                keep = keep_signs(
+                    key, bh, start_m, rows[None, :], start_n, columns[:, None], threshold, meta.PTX
+                )
+                dropped = drop(p, keep, meta)
             dv = tl.dot(as_operand(dropped, do_tile.dtype, meta), do_tile, dv, input_precision="ieee")
             # this late it saves 16 registers; in two passes matmuls would be serialized
             if dq_acc is not None:
                 delta = load_stats(stats, 2 * row + 1, start_m, padded, meta.BLOCK_M)
-            ds = (p * (dp - delta[None, :])).to(q_tile.dtype)
+            # with dropout p · (keep · dp - delta), without a second mask
+            ds = p * (dp - delta[None, :]) if key is None else dropped * dp - p * delta[None, :]
+            ds = ds.to(q_tile.dtype)
             dk = tl.dot(ds, q_tile, dk, input_precision="ieee")
             if dq_acc is not None:
                 dq = tl.dot(tl.trans(ds), k_tile, input_precision="ieee")

@@ -156,14 +156,16 @@ def _run(
     if programs == 0:
         return
     with on_device_of(q):
-        wgmma = hardware(q.device).architecture == "sm_90"
-        kernel[(programs,)](*arguments, _meta(q.shape[3], tile, causal, wgmma), num_warps=tile.warps)
+        meta = _meta(q.shape[3], tile, causal, hardware(q.device).architecture)
+        kernel[(programs,)](*arguments, meta, num_warps=tile.warps)
 
 
 @cache
-def _meta(head_dim: int, tile: Tile | OnePassTile, causal: bool, wgmma: bool) -> Meta:
+def _meta(head_dim: int, tile: Tile | OnePassTile, causal: bool, architecture: str) -> Meta:
     block_d = max(16, next_power_of_two(head_dim))
-    return Meta(*map(tl.constexpr, (head_dim, block_d, tile.rows, tile.block, tile.stages, causal, wgmma)))
+    sizes = (head_dim, block_d, tile.rows, tile.block, tile.stages)
+    wgmma, ptx = architecture == "sm_90", architecture.startswith("sm_")
+    return Meta(*map(tl.constexpr, (*sizes, causal, wgmma, ptx)))
 
 
 def _options(p: float, stream: int, scale: float) -> tuple[int, int, float]:

@@ -12,6 +12,7 @@ the members of a tuple: a kernel would be compiled again for a length of 1 or a 
 from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
+from ...dropout_mask import is_kept
 
 NOT_SPECIALISED = ["heads", "n_head", "q_len", "k_len", "padded", "group", "stream", "threshold"]
 
@@ -34,6 +35,7 @@ class Meta(NamedTuple):
     STAGES: Any  # of the loop over tiles
     CAUSAL: Any
     WGMMA: Any  # whether matmuls are wgmma, which reads registers while the program goes on
+    PTX: Any  # whether inline assembly may be PTX
 
 
 class Head(NamedTuple):
@@ -139,6 +141,27 @@ def as_operand(x, dtype: tl.constexpr, meta):
         )
     else:
         y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def drop(x, keep, meta):
+    """x with zeros where `keep`, the result of `keep_signs`, drops an element. A byte's sign becomes a mask in one `prmt`."""
+    signs, byte = keep
+    selector = 0x8888 + 0x1111 * byte  # of four bytes, each the sign of this one
+    if meta.PTX and x.dtype == tl.float32:
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 m; prmt.b32 m, $2, 0, $3; and.b32 $0, $1, m; }",
+            "=r,r,r,r", [x, signs, selector], dtype=x.dtype, is_pure=True, pack=1,
+        )  # fmt: skip
+    elif meta.PTX:  # two elements at once: bytes of the second one's word count from four
+        y = tl.inline_asm_elementwise(
+            "{ .reg .b32 m, s; and.b32 s, $4, 0x00FF; and.b32 m, $5, 0xFF00; or.b32 s, s, m; add.u32 s, s, 0x4400;"
+            "prmt.b32 m, $2, $3, s; and.b32 $0, $1, m; }",
+            "=r,r,r,r,r,r", [x, signs, selector], dtype=x.dtype, is_pure=False, pack=2,
+        )  # fmt: skip
+    else:
+        y = tl.where(is_kept(signs, byte), x, 0.0)
     return y
 
 
