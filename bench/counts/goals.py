@@ -114,7 +114,8 @@ def _binding(group: Sequence[Row], units: Sequence[str]) -> Goal:
 def _least_bytes(group: Sequence[Row], factor: float) -> Iterator[Goal]:
     ours = group[0]
     least = least_bytes(ours["name"], ours["direction"], ours["sizes"])
-    ratio = sum(launch["dram_read"] + launch["dram_written"] for launch in ours["launches"]) / least
+    moved = sum(one["times"] * (one["dram_read"] + one["dram_written"]) for one in ours["launches"])
+    ratio = moved / least
     met = ratio <= factor
     yield Goal(
         ours["name"],

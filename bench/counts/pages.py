@@ -14,7 +14,7 @@ def about(record: Record) -> str:
     """The compiler that the counts belong to, and what a bound is worth."""
     error = known.summary(list(known.errors(record)))
     versions = f"Triton {record['versions']['triton']}, {record['date']}"
-    return f"{versions}, no GPU involved. A bound is no time: it is {error}"
+    return f"{versions}, no GPU involved. A bound is no time: bounds are {error}"
 
 
 def short(record: Record) -> Iterator[str]:
@@ -26,10 +26,11 @@ def short(record: Record) -> Iterator[str]:
         cells = [ours["name"]]
         for figure in ("instructions", "dram_bytes", "bound"):
             peer = min(others, key=lambda row: row[figure])
-            cells.append(f"{ours[figure] / peer[figure]:.2f} of {peer['side']}")
+            name = peer["side"].split()[0].strip(",")  # its version is in docs/benchmarks.md
+            cells.append(f"{ours[figure] / peer[figure]:.2f} ({name})")
         lines.append([*cells, f"{ours['bound']:,.0f} µs", ours["unit"]])
     if lines:
-        heads = (f"counted, {known.ARCHITECTURE}", "instructions", "DRAM bytes", "bound")
+        heads = (f"counted for {known.ARCHITECTURE}", "instructions", "DRAM bytes", "bound")
         yield from markdown((*heads, f"our bound, {known.GPU}", "binds"), lines)
         yield from ("", f"Forward + backward, ours over the best peer's; {about(record)}.", "")
 

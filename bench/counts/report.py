@@ -24,7 +24,7 @@ COMPARED = {
 
 
 def row_of(measured: "Measured", architecture: str, gpus: Sequence[GPU]) -> Row:
-    """What one implementation does in one direction: figures of all its launches, its bounds, and each launch.
+    """What one implementation does in one direction: figures of all its launches, its bounds, and each launch, alike ones once.
 
     The library's matmuls stand apart, as they are the same for all. What else the library does (casts, sums) counts with its bytes.
     """
@@ -53,7 +53,12 @@ def row_of(measured: "Measured", architecture: str, gpus: Sequence[GPU]) -> Row:
         }
     for work in works:
         resident = {gpu.name: of_work(gpu, work)._asdict() | {"waves": waves(gpu, work)} for gpu in gpus}
-        row["launches"].append(asdict(work) | {"resident": resident})
+        launch = asdict(work) | {"resident": resident}
+        same = next((other for other in row["launches"] if other == launch | {"times": other["times"]}), None)
+        if same:
+            same["times"] += 1
+        else:
+            row["launches"].append(launch | {"times": 1})
     return row
 
 
@@ -142,7 +147,7 @@ def columns(gpus: Sequence[str]) -> tuple[table.Column, ...]:
 def cells(row: Row) -> Row:
     """A row's figures in the units of the table."""
     scaled = {name: row[name] / 1e6 or None for name in ("instructions", "special", "dram_bytes")}
-    bounds = {gpu: f"{b['microseconds']:,.1f} us {b['unit']}" for gpu, b in row["bounds"].items()}
+    bounds = {gpu: f"{b['microseconds']:,.1f} µs {b['unit']}" for gpu, b in row["bounds"].items()}
     shares = {
         "useful": useful(row),
         "conflicts": conflicts(row),
@@ -178,7 +183,7 @@ def matmul_row(group: Sequence[Row], gpus: Sequence[str]) -> Row | None:
     row = group[0]
     if not row.get("library_flops"):
         return None
-    bounds = {gpu: f"{row['bounds'][gpu]['matmuls']:,.1f} us" for gpu in gpus}
+    bounds = {gpu: f"{row['bounds'][gpu]['matmuls']:,.1f} µs" for gpu in gpus}
     sizes = {"tensor_flops": row["library_flops"] / 1e9, "dram_bytes": row["library_bytes"] / 1e6}
     return {"side": "its matmuls, the library's", **sizes, **bounds}
 

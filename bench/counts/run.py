@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...kernels.selfcheck import ptxas_version
 from .. import record
 from ..emulator.run import processes, progress, workers
 from ..ops.cases import OURS
@@ -78,7 +79,8 @@ def run_counts(
     if accept:
         return regression.accept(names, architectures)
     with record.recording("counts", torch.device("cpu"), out, pictures) as found:
-        found["versions"]["device"] = f"PTX emulator, {', '.join(architectures)}"
+        compilers = {f"ptxas {name}": ptxas_version(name) or "unknown" for name in architectures}
+        found["versions"] |= {"device": f"PTX emulator, {', '.join(architectures)}", **compilers}
         found["rows"] = list(printed(jobs(names, architectures, clones), gpus))
         print("\n".join(["", *report.error_lines(found), "", *goals.lines(list(goals.goals(found["rows"])))]))
 
