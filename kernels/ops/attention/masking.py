@@ -33,7 +33,11 @@ def first_keys(first_key, offs_m, batch, q_len, k_len):
     """The first key that each query sees, or None without first_key."""
     first = None
     if first_key is not None:
-        first = tl.load(first_key + batch.to(tl.int64) * q_len + offs_m, mask=offs_m < q_len, other=k_len)
+        first = tl.zeros_like(offs_m) + k_len
+        if (
+            q_len > 0
+        ):  # always: in a branch Triton 3.6 does not make it 16 asynchronous copies in every thread, which spills
+            first = tl.load(first_key + batch.to(tl.int64) * q_len + offs_m, mask=offs_m < q_len, other=k_len)
     return first
 
 
