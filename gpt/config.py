@@ -162,6 +162,8 @@ class TrainConfig:
     """Recompute each block in the backward pass instead of keeping its activations."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the operators."""
+    compile: Literal["off", "auto", "on"] = "off"
+    """Run forward and backward through torch.compile. auto: on a CPU, in runs long enough to earn the compilation back."""
     cuda_graph: Literal["auto", "off"] = "auto"
     """auto: a GPU replays each step as CUDA graphs; off: each kernel is launched separately, with the same losses."""
     verify: Literal["off", "auto", "strict"] = "auto"

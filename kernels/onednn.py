@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .backend import register
+
 _LEAST = 2**20  # multiplications below which the operator's own 15 µs outweigh what it saves
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -43,5 +45,13 @@ class Linear(torch.autograd.Function):
         return dx, dw, db
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _launch(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+# An operator of our own, since Inductor takes mkldnn's with constant weights only
+_linear = register("onednn_linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor", _launch, _fake)

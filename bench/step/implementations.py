@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...gpt.config import RunConfig, TrainConfig
 from ...gpt.model import GPT
 from ...gpt.optim import build_optimizers
+from ...gpt.train.compilation import compile_step
 from ...gpt.train.precompile import precompile
 from ...gpt.train.step import TrainStep
 from ...kernels import use_backend
@@ -52,7 +53,8 @@ def builders(
     yield OURS, lambda: fusedgpt(work)
     if work.device.type == "cuda":
         yield PLAIN, lambda: fusedgpt(work, "torch", captured=False)
-    yield COMPILED, lambda: compiled(work)
+        yield f"{PLAIN}, torch.compile", lambda: compiled(work)
+    yield COMPILED, lambda: fusedgpt(work, compile=True)
     try:
         name = f"transformers {version('transformers')}"
         yield name, lambda: transformers_gpt2(work)
@@ -71,12 +73,13 @@ def build_model(work: Workload) -> GPT:
         return GPT(work.config).train()
 
 
-def train_config(work: Workload, captured: bool = True) -> TrainConfig:
-    """The settings with which `gpt train` does the same step. captured: in CUDA graphs, on a GPU."""
+def train_config(work: Workload, captured: bool = True, compile: bool = False) -> TrainConfig:
+    """The settings with which `gpt train` does the same step. captured: in CUDA graphs, on a GPU. compile: --compile on."""
     return TrainConfig(
         batch_size=work.batch,
         dtype=str(work.dtype)[6:],  # type: ignore[arg-type]
         activation_checkpointing=work.recompute,
+        compile="on" if compile else "off",
         cuda_graph="auto" if captured else "off",
         lr=LR,
         beta1=BETAS[0],
@@ -88,27 +91,32 @@ def train_config(work: Workload, captured: bool = True) -> TrainConfig:
     )
 
 
-def fusedgpt(work: Workload, backend: str = "auto", captured: bool = True) -> Implementation:
+def fusedgpt(
+    work: Workload, backend: str = "auto", captured: bool = True, compile: bool = False
+) -> Implementation:
     """Ours: the training loop's own step, its kernels compiled as the loop does it.
 
     Args:
         backend: of the operators.
         captured: in CUDA graphs, on a GPU.
+        compile: as `gpt train --compile on`.
     """
-    config = train_config(work, captured)
+    config = train_config(work, captured, compile)
     batch: list[tuple[Tensor, Tensor]] = []
     with use_backend(backend):
         compiling = precompile(RunConfig(work.config, config), work.device)
         model = build_model(work)
         train = TrainStep(model, build_optimizers(model, config), iter(batch.pop, None), config)
         compiling.join()
+        compile_step(train, work.config, print)
 
     def step(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         batch.append((inputs, targets))
         with use_backend(backend):
             return train()
 
-    return Implementation(OURS if backend == "auto" else PLAIN, model, step)
+    name = COMPILED if compile else OURS if backend == "auto" else PLAIN
+    return Implementation(name, model, step)
 
 
 def compiled(work: Workload) -> Implementation:
@@ -126,7 +134,7 @@ def compiled(work: Workload) -> Implementation:
         with use_backend("torch"):
             return forward(inputs, targets)
 
-    return Implementation(COMPILED, model, _training(model, loss))
+    return Implementation(f"{PLAIN}, torch.compile", model, _training(model, loss))
 
 
 def transformers_gpt2(work: Workload, compile: bool = False) -> Implementation:

@@ -42,6 +42,7 @@ from ..run import (
     start_run,
 )
 from ..settings import write_config
+from .compilation import compile_step
 from .display import Display, program
 from .interruption import Interrupted, TrainingError, check, collected, until
 from .memory import explained, largest_micro_batch
@@ -218,6 +219,7 @@ def run_steps(session: Session) -> None:
     """Step until the last one is done or a signal has come; leave a checkpoint of the last finished step."""
     settings, step = session.config.train, session.step
     warn_of_slow_steps(session)
+    compile_step(step, session.config.model, session.display.say)
     speed = Speedometer(
         session.config.model, session.model.num_params(position_embeddings=False), step.device
     )

@@ -60,6 +60,7 @@ class TrainStep:
         step: int = 0,
     ) -> None:
         self.model, self.optimizers, self.batches, self.config = model, optimizers, batches, config
+        self.forward: Callable[..., Tensor] = model  # or the same through torch.compile: `compilation.py`
         self.device = model.wte.weight.device
         self.dtype = DTYPES[config.dtype]
         self.residual_dtype = torch.float32 if config.float32_residual else self.dtype
@@ -121,7 +122,7 @@ class TrainStep:
 
     def micro_step(self, inputs: Tensor, targets: Tensor) -> None:
         """Add the gradients of one batch to the buffer, its loss to the step's."""
-        loss = self.model(
+        loss = self.forward(
             inputs,
             targets,
             seed=self.seed,

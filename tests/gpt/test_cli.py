@@ -282,7 +282,7 @@ def test_a_flag_given_twice_means_the_last(trained: list[tuple[Any, ...]]) -> No
         ("train --n-haed 3", "unknown flag --n-haed; did you mean --n-head?"),
         ("train --n_haed=3", "unknown flag --n_haed; did you mean --n-head?"),
         ("train --lerning-rate 3", "unknown flag --lerning-rate; did you mean --learning-rate?"),
-        ("train --compile", "unknown flag --compile; see gpt train --help"),
+        ("train --gradients", "unknown flag --gradients; see gpt train --help"),
         ("train --vocab-size 300", "unknown flag --vocab-size; did you mean --bpe-vocab-size?"),
         ("generate --promt x runs/tiny", "unknown flag --promt; did you mean --prompt?"),
         ("generate --temprature", "unknown flag --temprature; did you mean --temperature?"),
