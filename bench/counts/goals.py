@@ -15,8 +15,6 @@ from .report import Row, conflicts, groups, is_ours, useful
 BF16 = 2  # bytes
 MEMORY = ("dram",)
 ARITHMETIC = ("tensor", "special")
-
-
 COLUMNS: tuple[table.Column, ...] = (
     ("", "<32", "operator", "    {}"),
     ("", "<19", "direction", "{}"),
@@ -42,31 +40,32 @@ class Goal(NamedTuple):
 
 def goals(rows: Sequence[Row]) -> Iterator[Goal]:
     """Every goal whose operator was counted."""
-    found = {(g[0]["name"], g[0]["direction"]): g for g in groups(_counted(rows))}
+    counted = [group for group in groups(_counted(rows)) if is_ours(group[0])]
+    found = {(group[0]["name"], group[0]["direction"]): group for group in counted}
     for name in ("layer_norm", "add_layer_norm", "add_layer_norm, dropout 0.1"):
         for direction in (FORWARD, BACKWARD):
             if group := found.get((name, direction)):
                 if "dropout" not in name:
                     yield _instructions(group, "liger", 0.8)
-                yield from _least_bytes(group, 1.03)
+                yield _least_bytes(group, 1.03)
                 yield _binding(group, MEMORY)
     for direction, factor in ((FORWARD, 1.0), (BACKWARD, 0.8)):
         if group := found.get(("attention", direction)):
             yield _instructions(group, "flex", factor)
-            yield from _least_bytes(group, 1.10)
+            yield _least_bytes(group, 1.10)
             yield _binding(group, ARITHMETIC)
             if dropped := found.get(("attention, dropout 0.1", direction)):
                 yield _limited(dropped, "instructions", group[0]["instructions"], 1.35, "its own without")
-                yield from _least_bytes(dropped, 1.10)
+                yield _least_bytes(dropped, 1.10)
                 yield _binding(dropped, ARITHMETIC)
     for direction in (FORWARD, BACKWARD):
         if group := found.get(("gelu_mlp", direction)):
             yield _instructions(group, "inductor", 0.7)
-            yield from _least_bytes(group, 1.03)
+            yield _least_bytes(group, 1.03)
             yield _binding(group, MEMORY)
     if group := found.get(("linear_cross_entropy", BOTH)):
         yield _instructions(group, "liger", 1.0)
-        yield from _least_bytes(group, 1.03)
+        yield _least_bytes(group, 1.03)
     ours = [group[0] for group in found.values()]
     yield from _clean(ours, "bank conflicts", conflicts, 0.05)
     yield from _clean(ours, "bytes moved for nothing", useless, 0.03)
@@ -81,16 +80,15 @@ def lines(found: Sequence[Goal]) -> Iterator[str]:
 
 
 def _counted(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row["architecture"] == ARCHITECTURE and not row.get("note")]
+    return [row for row in rows if row["architecture"] == ARCHITECTURE and GPU in row.get("bounds", ())]
 
 
 def _limited(group: Sequence[Row], figure: str, base: float, factor: float, whose: str) -> Goal:
     ours = group[0]
     times = f"{factor:g} x " if factor != 1 else ""
     ratio = ours[figure] / base
-    return Goal(
-        ours["name"], ours["direction"], figure, f"{ratio:.2f} x", f"≤ {times}{whose}", ratio <= factor
-    )
+    limit = f"≤ {times}{whose}"
+    return Goal(ours["name"], ours["direction"], figure, f"{ratio:.2f} x", limit, ratio <= factor)
 
 
 def _instructions(group: Sequence[Row], word: str, factor: float) -> Goal:
@@ -105,26 +103,17 @@ def _instructions(group: Sequence[Row], word: str, factor: float) -> Goal:
 
 def _binding(group: Sequence[Row], units: Sequence[str]) -> Goal:
     ours = group[0]
-    unit = ours["bounds"][GPU]["unit"]
-    return Goal(
-        ours["name"], ours["direction"], f"binding unit, {GPU}", unit, " or ".join(units), unit in units
-    )
+    unit, what = ours["bounds"][GPU]["unit"], f"binding unit, {GPU}"
+    return Goal(ours["name"], ours["direction"], what, unit, " or ".join(units), unit in units)
 
 
-def _least_bytes(group: Sequence[Row], factor: float) -> Iterator[Goal]:
+def _least_bytes(group: Sequence[Row], factor: float) -> Goal:
     ours = group[0]
     least = least_bytes(ours["name"], ours["direction"], ours["sizes"])
     moved = sum(one["times"] * (one["dram_read"] + one["dram_written"]) for one in ours["launches"])
-    ratio = moved / least
-    met = ratio <= factor
-    yield Goal(
-        ours["name"],
-        ours["direction"],
-        "its kernels' DRAM bytes",
-        f"{ratio:.3f} x",
-        f"≤ {factor:g} x the least",
-        met,
-    )
+    ratio, limit = moved / least, f"≤ {factor:g} x the least"
+    what = "its kernels' DRAM bytes"
+    return Goal(ours["name"], ours["direction"], what, f"{ratio:.3f} x", limit, ratio <= factor)
 
 
 def useless(row: Row) -> float | None:
@@ -147,11 +136,11 @@ def least_bytes(name: str, direction: str, sizes: dict[str, float]) -> float:
         statistics = 4 * math.prod(sizes[n] for n in "BTH")  # log-sum-exp
         # q, k, v in and o out; q, k, v, o, do in and dq, dk, dv out
         return BF16 * elements * {FORWARD: 4, BACKWARD: 8}[direction] + statistics
-    if (
-        operator == "linear_cross_entropy"
-    ):  # the logits of every chunk read and their gradients written over them
+    if operator == "linear_cross_entropy":
+        # the logits of every chunk, and their gradients over them
         return BF16 * 2 * sizes["N"] * sizes["V"]
-    if operator == "gelu_mlp":  # of rows of 4 C; the bias gradient of the second matmul reads dy, rows of C
+    if operator == "gelu_mlp":
+        # rows of 4 C; the bias gradient of the second matmul reads dy, rows of C
         return BF16 * sizes["M"] * sizes["C"] * {FORWARD: 8, BACKWARD: 17}[direction]
     tensors = {
         "layer_norm": {FORWARD: 2, BACKWARD: 3},
@@ -166,6 +155,6 @@ def _clean(
     """What is above a limit; where nothing is, the worst in one line."""
     found = {(row["name"], row["direction"]): value for row in rows if (value := figure(row)) is not None}
     missed = {key: value for key, value in found.items() if value > limit}
-    worst = max(found.items(), key=lambda item: item[1], default=(("all", ""), 0.0))
-    for (name, direction), value in missed.items() or [worst]:
+    worst = sorted(found.items(), key=lambda item: -item[1])[:1]
+    for (name, direction), value in missed.items() or worst:
         yield Goal(name, direction, what, f"{value:.1%}", f"≤ {limit:.0%}", value <= limit)

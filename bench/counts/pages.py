@@ -42,10 +42,9 @@ def _both_directions(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:
         if row["architecture"] == known.ARCHITECTURE and not row.get("note") and known.GPU in row["bounds"]:
             sums[row["name"]][row["side"]].append(row)
     for name, sides in sums.items():
-        directions = max(len(found) for side, found in sides.items() if is_ours(found[0]))
-        whole = [_sum(name, found) for found in sides.values() if len(found) == directions]
-        ours = next((row for row in whole if is_ours(row)), None)
-        if ours:
+        ours_alone = next((found for found in sides.values() if is_ours(found[0])), [])
+        whole = [_sum(name, found) for found in sides.values() if len(found) == len(ours_alone)]
+        if ours := next((row for row in whole if is_ours(row)), None):
             yield ours, [row for row in whole if row is not ours and not own_matmuls(row, ours)]
 
 
@@ -114,25 +113,14 @@ def _figures(row: Row) -> Iterator[str]:
 def _error_table(record: Record) -> Iterator[str]:
     found = list(known.errors(record))
     if found:
-        heads = (
-            f"the model's error, {known.GPU}",
-            "implementation",
-            "bound",
-            "measured",
-            "bound over measured",
-        )
-        lines = [
-            (
-                f"{e.name}, {e.direction}",
-                e.side,
-                f"{e.bound:.3f} ms ({e.unit})",
-                f"{e.measured:.3f} ms",
-                f"{e.share:.0%}",
-            )
-            for e in found
-        ]
-        yield from markdown(heads, lines)
+        heads = (f"the model's error, {known.GPU}", "implementation", "bound", "measured", "bound over that")
+        yield from markdown(heads, [_error(error) for error in found])
         yield ""
+
+
+def _error(error: known.Error) -> tuple[str, ...]:
+    bound, measured = f"{error.bound:.3f} ms ({error.unit})", f"{error.measured:.3f} ms"
+    return f"{error.name}, {error.direction}", error.side, bound, measured, f"{error.share:.0%}"
 
 
 def _goals_table(rows: Sequence[Row]) -> Iterator[str]:
@@ -145,23 +133,10 @@ def _goals_table(rows: Sequence[Row]) -> Iterator[str]:
 
 def _kernels_table(rows: Sequence[Row]) -> Iterator[str]:
     """What a multiprocessor holds of each kernel of ours, on the first GPU of its architecture."""
-    heads = (
-        "our kernels",
-        "GPU",
-        "warps",
-        "registers",
-        "shared memory",
-        "resident",
-        "limit",
-        "waves",
-        "in flight",
-    )
-    launches = [(row, launch) for row in rows if is_ours(row) for launch in row["launches"]]
-    lines = dict.fromkeys(
-        _kernel(row, launch) for row, launch in launches
-    )  # the same launch again adds nothing
+    heads = ("our kernels", "GPU", "warps", "registers", "shared memory", "resident", "limit", "waves")
+    lines = [_kernel(row, launch) for row in rows if is_ours(row) for launch in row["launches"]]
     if lines:
-        yield from markdown(heads, list(lines))
+        yield from markdown((*heads, "in flight"), lines)
         yield ""
 
 

@@ -127,6 +127,8 @@ def test_goals_of_layer_norm() -> None:
     assert not verdicts(row("fusedgpt", work(0.81e6)), liger)[*key, "instructions"]
     assert not verdicts(row("fusedgpt", work(moved=1.031 * LEAST)))[*key, "its kernels' DRAM bytes"]
     assert not verdicts(row("fusedgpt", work(5e8)))[*key, "binding unit, H200"]
+    assert not verdicts(liger), "ours was not counted"
+    assert not verdicts(ours | {"bounds": {}}), "for another GPU"
     assert not verdicts(row("fusedgpt", work(shared_wavefronts=106.0)))[*key, "bank conflicts"]
     assert not verdicts(row("fusedgpt", work(asked_bytes=0.96 * LEAST)))[*key, UNASKED]
 
@@ -191,6 +193,9 @@ def test_pages_and_picture_are_functions_of_the_record(tmp_path: Path) -> None:
     assert counts_picture(json.loads((tmp_path / "new.json").read_text())) is not None
     assert counts_picture(record(rows[-1])) is None
     assert list(pages.short(record(rows[-1]))) == []
+    alone = "\n".join(pages.full(record(rows[2], rows[-1])))
+    assert LIGER in alone
+    assert list(pages.short(record(rows[2]))) == [], "ours was not counted"
 
 
 def test_records_of_counts_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
