@@ -42,7 +42,7 @@ class Job(NamedTuple):
             if self.package == OURS:
                 return self, measure(self.case, self.architecture), "", False
             return self, measure_peer(self.package, self.case, self.architecture, self.clones), "", False
-        except ImportError as error:
+        except (ImportError, FileNotFoundError) as error:  # the package, or its clone
             return self, [], str(error), True
         except Exception as error:  # whatever a compiler or a launch throws; the others are still counted
             return self, [], failure(error), False
