@@ -142,7 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu", dest="gpus", nargs="+", choices=GPUS, default=tuple(GPUS), help="whose bounds (default: all)"
     )
     counts.add_argument(
-        "--clones", type=Path, metavar="DIR", help="a folder with clones, for peers that no package installs"
+        "--clones",
+        type=Path,
+        metavar="DIR",
+        help="a folder with clones of triton and flash-attention, to count their kernels too",
     )
     counts.add_argument(
         "--accept", action="store_true", help="instead: write the counts that tests hold our kernels to"

@@ -16,28 +16,25 @@ from torch._dynamo.device_interface import CudaInterface
 from torch._inductor.runtime import hints, triton_helpers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..rates import GPUS
+
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-# Name, multiprocessors, threads that one holds. (CUDA C++ Programming Guide, compute capabilities; NVIDIA's data sheets)
-GPUS = {
-    "sm_80": ("NVIDIA A100-SXM4-80GB", 108, 2048),
-    "sm_89": ("NVIDIA GeForce RTX 4090", 128, 1536),
-    "sm_90": ("NVIDIA H100 80GB HBM3", 132, 2048),
-}
 
 
 @contextmanager
 def pretended(architecture: str) -> Iterator[None]:
-    """Within it torch.cuda answers as for a GPU of an architecture of `GPUS`, where PyTorch's compiler compiles for it."""
-    name, multiprocessors, threads = GPUS[architecture]
+    """Within it torch.cuda answers as for the first GPU of an architecture in `rates.GPUS`, and PyTorch's compiler compiles for it."""
+    gpu = next(gpu for gpu in GPUS.values() if gpu.architecture == architecture)
+    name = f"NVIDIA {gpu.name}"
     capability = divmod(int(architecture.removeprefix("sm_")), 10)
     properties = SimpleNamespace(
         name=name,
         major=capability[0],
         minor=capability[1],
-        multi_processor_count=multiprocessors,
-        max_threads_per_multi_processor=threads,
+        multi_processor_count=gpu.multiprocessors,
+        max_threads_per_multi_processor=32 * gpu.warps,
         max_threads_per_block=1024,
-        regs_per_multiprocessor=65536,
+        regs_per_multiprocessor=gpu.registers,
         warp_size=32,
         gcnArchName=name,  # what a build of torch without CUDA asks for
     )

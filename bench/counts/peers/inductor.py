@@ -8,11 +8,13 @@ tensors, launch the kernels by Triton's JIT, and so in the emulator.
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 from unittest import mock
 
 import torch
+import triton
 from torch import Tensor
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
@@ -25,7 +27,6 @@ from torch.fx.node import map_aggregate
 from torch.nn.attention import flex_attention
 from torch.utils._pytree import tree_map_only
 
-from ...emulator import Emulation
 from .gpu import CUDA, pretended
 
 aten = torch.ops.aten
@@ -59,11 +60,12 @@ def compiled(function: Callable, arguments: tuple[Any, ...], architecture: str) 
         enter(patch(flex_operator, "_permute_strides", _permuted))
         enter(patch(flex_attention, "_validate_device", _any_device))
         enter(patch(flex_attention, "_apply_kernel_options", _with_log_sum_exp))
-        enter(inductor_config.patch(compile_threads=1, force_disable_caches=True))
-        enter(functorch_config.patch(force_non_lazy_backward_lowering=True))
+        enter(inductor_config.patch(compile_threads=1, fx_graph_cache=False))
+        enter(functorch_config.patch(force_non_lazy_backward_lowering=True, enable_autograd_cache=False))
         mode = enter(FakeTensorMode())
         fakes = tree_map_only(Tensor, mode.from_tensor, arguments)
         torch.compile(function, backend=backend, dynamic=False, fullgraph=True)(*fakes)
+    torch._dynamo.reset()  # it keeps every compilation, and refuses the ninth of a function
     ((launcher, names),) = graphs
 
     def call(*arguments: Any) -> Any:
@@ -125,21 +127,22 @@ def _permuted(out: Tensor, strides: tuple[int, ...]) -> Tensor:
 
 
 @contextmanager
-def launching(emulation: Emulation) -> Iterator[None]:
+def launching(cost: Callable[[Callable[[], None]], float]) -> Iterator[None]:
     """Within it Inductor's kernels are launched by Triton's JIT.
 
-    On a GPU it times the configurations of a kernel and takes the fastest. In an emulation that counts the one with the fewest
-    instructions is taken, otherwise the first.
+    Args:
+        cost: of a launch, by which one of several configurations is chosen, as Inductor chooses by time.
     """
 
     def run(self: CachingAutotuner, *args: Any, stream: Any, **options: Any) -> None:
-        counts = emulation.counts
-        before = len(counts)
-        for config in self.configs[: None if emulation.count else 1]:
+        def launch(config: triton.Config) -> None:
             given, grid = self._interpret_args_grid(args, config)
             warps_and_stages = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             self.fn[grid](*given, **options, **config.kwargs, **warps_and_stages)
-        counts[before:] = sorted(counts[before:], key=lambda c: c.scale * c.executed.total())[:1]
+
+        several = len(self.configs) > 1
+        costs = [cost(partial(launch, config)) if several else 0.0 for config in self.configs]
+        launch(self.configs[costs.index(min(costs))])
 
     with mock.patch.object(CachingAutotuner, "run", run):
         yield

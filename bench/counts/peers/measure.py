@@ -1,11 +1,15 @@
 """Peers counted in the emulator, like our operators: launches by direction, and what they leave to PyTorch's library."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from ....kernels.examples import Example, as_tuple, draw
 from ...emulator import Emulation, emulate
@@ -29,7 +33,7 @@ def measure_peer(package: str, case: Case, architecture: str, clones: Path | Non
         Nothing where the package has no such operator.
 
     Raises:
-        ImportError: the package is not installed, or anything that it raises itself.
+        ModuleNotFoundError, FileNotFoundError: the package or the clone is not there; anything that its own code raises.
         EmulatorError: a kernel does what a GPU would stop at.
     """
     load = TABLE[package].get(case.name)
@@ -37,9 +41,11 @@ def measure_peer(package: str, case: Case, architecture: str, clones: Path | Non
         return []
     tensors = list(arguments(case.example).values())
     with emulate(architecture):
-        peer = load(Setting(case, tensors, architecture, clones))
-    if peer.random:
-        tensors = list(arguments(case.example, random=True).values())
+        try:
+            peer = load(Setting(case, tensors, architecture, clones))
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"{error}; pip install {package}") from error
+    tensors = list(arguments(case.example, peer.random, peer.dtype).values())
     with (
         emulate(architecture, timing="late", count=peer.programs) as emulation,
         on_gpu(emulation),
@@ -63,27 +69,46 @@ def measure_peer(package: str, case: Case, architecture: str, clones: Path | Non
     ]
 
 
-def arguments(example: Example, random: bool = False) -> dict[str, Tensor]:
-    """What peers take, in the example's order: the parameters in the activations' dtype, and no seed.
+def arguments(
+    example: Example, random: bool = False, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """What peers take, in the example's order: all of one dtype, and no seed.
 
     Without dropout no bias of x either: their matmul before it adds that, in its epilogue.
     """
-    tensors = draw(example, "cpu", torch.bfloat16) if random else inputs(example)
+    tensors = draw(example, "cpu", dtype) if random else inputs(example)
     without = {"seed"} if "seed" in example.integers else {"x_bias"}
     names = [n for n in (*example.activations, *example.parameters, *example.integers) if n not in without]
     return {
-        n: tensors[n].detach().bfloat16().requires_grad_() if tensors[n].is_floating_point() else tensors[n]
+        n: tensors[n].detach().to(dtype).requires_grad_() if tensors[n].is_floating_point() else tensors[n]
         for n in names
     }
 
 
 @contextmanager
 def on_gpu(emulation: Emulation) -> Iterator[None]:
-    """Within it peers launch their kernels as on a GPU of the emulation's architecture."""
+    """Within it peers launch their kernels as on a GPU of the emulation's architecture.
+
+    Where they would time configurations of a kernel, one that executes the fewest instructions is taken if the emulation counts, and the first
+    if it does not.
+    """
+    order = itertools.count()
+
+    def instructions(launch: Callable[[], None], **_: Any) -> float:
+        """In place of the time of a configuration."""
+        if emulation.count is None:
+            return next(order)
+        before = len(emulation.counts)
+        launch()
+        found = sum(counts.scale * counts.executed.total() for counts in emulation.counts[before:])
+        del emulation.counts[before:]
+        return found
+
     with (
         pretended(emulation.architecture),
         tensors_on_gpu(),
-        inductor.launching(emulation),
+        inductor.launching(instructions),
+        mock.patch.object(driver.active, "get_benchmarker", return_value=instructions),
         torch.compiler.set_stance("force_eager"),
     ):
         yield

@@ -15,7 +15,8 @@ from ...emulator.counting import Program, Sampler
 from ...ops import peers
 from ...ops.cases import EPS
 from ..measure import Case, P, evenly
-from . import inductor
+from . import clones, inductor
+from .gpu import pretended
 
 TORCH = f"torch {torch.__version__.partition('+')[0]}"
 ATTENTION, MLP, HEAD, NORM, ADD_NORM = (
@@ -34,6 +35,7 @@ class Peer:
     ]  # takes activations, parameters and integers in the example's order, without the seed
     programs: Sampler  # which stand for a grid
     random: bool = False  # what it does depends on the numbers: not zeros
+    dtype: torch.dtype = torch.bfloat16
 
 
 @dataclass
@@ -141,6 +143,26 @@ def one_head(kernel: str, grid: Program) -> list[Program] | None:
     return [(i, 0, 0) for i in range(grid[0])] if "triton_tem" in kernel else evenly(grid)
 
 
+# ---- clones of repositories
+
+
+def tutorial(setting: Setting) -> Peer:
+    with pretended(setting.architecture):
+        name, call = clones.tutorial(int(setting.case.sizes["H"]), setting.clones)
+    return Peer(name, call, one_head_in_y, dtype=torch.float16)
+
+
+def flash_layer_norm(setting: Setting) -> Peer:
+    p, add = setting.case.sizes.get("p", 0.0), setting.case.example.operator == ADD_NORM
+    with pretended(setting.architecture):
+        return Peer(*clones.flash_layer_norm(p, add, setting.clones), leading)
+
+
+def one_head_in_y(kernel: str, grid: Program) -> list[Program]:
+    """Tiles along x; heads along y or z."""
+    return [(i, 0, 0) for i in range(grid[0])]
+
+
 TABLE: dict[str, dict[str, Load]] = {
     "liger-kernel": {
         NORM: package(peers.liger_norm, leading),
@@ -156,4 +178,10 @@ TABLE: dict[str, dict[str, Load]] = {
         HEAD: compiled(linear_cross_entropy),
     },
     "FlexAttention": {ATTENTION: flex},
+    "Triton's tutorial": {ATTENTION: tutorial},
+    "flash-attention": {
+        NORM: flash_layer_norm,
+        ADD_NORM: flash_layer_norm,
+        f"{ADD_NORM}, dropout {P}": flash_layer_norm,
+    },
 }
