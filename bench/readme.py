@@ -13,13 +13,14 @@ from . import data
 from .counts import pages
 from .ops.run import OURS, first_sizes, ours_and_fastest_other
 from .record import ROOT, Record, draw, load
+from .step import bytes
 from .table import markdown
 
 BEGIN = "<!-- bench: `python -m fusedgpt.bench readme` writes what follows; never edit it by hand -->\n"
 END = "<!-- /bench -->\n"
 Newest = dict[
     str, tuple[Path, Record]
-]  # file and record of "gpu", "cpu", "counts" and "data", where there is one
+]  # file and record of "gpu", "cpu", "counts", "bytes" and "data", where there is one
 Rows = list[dict[str, Any]]
 
 
@@ -43,12 +44,12 @@ def run_readme(results: Sequence[Path] = (), root: Path = ROOT) -> None:
 
 
 def newest_results(files: Sequence[Path]) -> Newest:
-    """The newest record of a GPU, of a CPU, of counts and of data preparation."""
+    """The newest record of a GPU, of a CPU, of counts, of a step's bytes and of data preparation."""
     found: Newest = {}
     for file in files:
         record = load(file)
         kind = record["kind"]
-        if kind not in ("counts", "data"):
+        if kind not in ("bytes", "counts", "data"):
             kind = "gpu" if "cuda" in record["versions"] else "cpu"
         if kind not in found or record["date"] >= found[kind][1]["date"]:
             found[kind] = (file, record)
@@ -117,6 +118,9 @@ def full_block(newest: Newest, folder: Path) -> str:
         if kind == "counts":
             lines += [pages.about(record) + ".", "", *pages.full(record)]
             lines += ["![Work of every unit, ours beside peers](bench-counts.png)", ""]
+            continue
+        if kind == "bytes":
+            lines += [*bytes.markdown(record["rows"]), ""]
             continue
         if kind == "data":
             lines += [*data.markdown(record["rows"]), ""]

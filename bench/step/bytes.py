@@ -12,12 +12,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
 
 import torch
 
 from ...gpt.model import GPT
 from ...gpt.optim import build_optimizers
 from ...gpt.train.step import TrainStep
+from .. import table
 from ..traffic import Operation, Traffic, without_a_gpu
 from .implementations import OURS, train_config
 from .memory import allocations
@@ -114,8 +116,17 @@ def _part(operation: Operation) -> str:
     if not operation.inside and operation.name in ("aten.add.Tensor", "aten.add_.Tensor") and operation.node:
         return SUMS  # by autograd: in .grad, and of the gradients of a tensor that is used twice
     caller = operation.inside or operation.node
-    table, text = (PARTS, caller) if caller else (REST, operation.name)
-    return next((part for word, part in table.items() if word in text), OTHER)
+    names, text = (PARTS, caller) if caller else (REST, operation.name)
+    return next((part for word, part in names.items() if word in text), OTHER)
+
+
+def markdown(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """The table of a record's rows."""
+    shown = COLUMNS[1:]
+    cells = [
+        [form.format(row[key]) if row[key] is not None else "–" for _, _, key, form in shown] for row in rows
+    ]
+    yield from table.markdown([f"{rows[0]['case']}: part", *(head for head, *_ in shown[1:])], cells)
 
 
 COLUMNS = (
