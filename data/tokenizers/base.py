@@ -123,7 +123,7 @@ def split_at(special_tokens: Collection[str], text: str) -> list[str]:
 
     Where several tokens begin at the same character the longest one counts.
     """
-    if not special_tokens:
+    if not any(token in text for token in special_tokens):
         return [text]
     longest_first = sorted(special_tokens, key=len, reverse=True)
     return re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
