@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ._triton import tl, triton
+from .backend import register
 
 GOLDEN = 0x9E3779B9
 _LOW = 0xFFFFFFFF
@@ -74,7 +75,7 @@ def _positions(rows: int, columns: int, device: torch.device) -> tuple[Tensor, T
     return torch.arange(rows, device=device)[:, None], torch.arange(columns, device=device)
 
 
-def _words(seed: Tensor, stream: int, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+def _hashed(seed: Tensor, stream: int, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """The 32-bit words of broadcast positions, in int64: 32-bit arithmetic done in 64 bits and masked."""
     seed = seed.view(())
     key = _mix(torch.full((), (stream + GOLDEN) & _LOW, dtype=torch.int64, device=seed.device))
@@ -84,6 +85,16 @@ def _words(seed: Tensor, stream: int, head: Tensor, row: Tensor, column: Tensor)
     product = (c ^ r).mul_(r)  # int64 wraps around: the low 64 bits of the product stay exact
     # In place: allocating another tensor of this size takes longer than its arithmetic.
     return (product >> 32).bitwise_xor_(product).bitwise_and_(_LOW)
+
+
+def _fake(seed: Tensor, stream: int, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    return row.new_empty(torch.broadcast_shapes(head.shape, row.shape, column.shape))
+
+
+# An operator, since torch.compile writes an operand out at each of its uses: the nested mixes took it minutes
+_words = register(
+    "dropout_words(Tensor seed, int stream, Tensor head, Tensor row, Tensor column) -> Tensor", _hashed, _fake
+)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ ARGUMENTS = [
     ("linear_backward", (flat(2, 3, 7), flat(2, 3, 5), flat(7, 5), F32, False, True, flat(7, 5))),
     ("column_sum", (flat(40, 35, dtype=F16),)),
     ("dropout", (leaf(3, 5), 0.3, SEED, 1)),
+    ("dropout_words", (SEED, 3, IDS.view(6, 1, 1), IDS.view(6, 1), IDS.view(6))),
     ("layer_norm", (leaf(2, 3, 5), leaf(5), leaf(5), 1e-5, F32)),
     ("layer_norm", (leaf(2, 140, dtype=F16), leaf(140), None, 1e-5, F32)),
     ("add_layer_norm", (leaf(3, 5), leaf(3, 5), leaf(5), leaf(5), leaf(5), 1e-5, 0.2, SEED, 3)),

@@ -77,3 +77,8 @@ def test_it_compiles_into_one_graph() -> None:
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     for ours, eager in zip(results(compiled, **inputs()), results(linear, **inputs()), strict=True):
         torch.testing.assert_close(ours, eager)
+
+
+def test_opcheck() -> None:
+    arguments = (torch.randn(2, 9, 5), torch.randn(5, 7).T, torch.randn(7))
+    torch.library.opcheck(torch.ops.fusedgpt.onednn_linear.default, arguments)
