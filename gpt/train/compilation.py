@@ -79,15 +79,13 @@ def obstacle_to_compiling(device: torch.device) -> str | None:
 def _compile(step: TrainStep, shape: ModelConfig) -> str | None:
     """Compile the step's forward and backward; return why that failed, or None. The step is eager then."""
     step.forward = torch.compile(step.model, dynamic=False, fullgraph=True)
-    seed = step.seed.clone()
     try:
         _try_out(step, shape)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever a compiler may throw
         step.forward = step.model
-        step.abandon(0)
-        step.seed.copy_(seed)
+        step.abandon(0)  # the seed counts whole micro-steps
         cause = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
         return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
     return None

@@ -46,6 +46,21 @@ def test_every_implementation_is_timed_from_the_same_weights(eager: None, work: 
         assert row.side in line(step.COLUMNS, vars(row))
 
 
+def test_our_compiled_step_is_the_training_loops_with_compile_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile(model: torch.nn.Module, **_: object) -> torch.nn.Module:
+        compiled.append(model)
+        return model
+
+    monkeypatch.setattr(torch, "compile", compile)
+    fusedgpt(WORK)
+    assert not compiled
+    ours = dict(builders(WORK))[implementations.COMPILED]()
+    assert compiled == [ours.model]
+    assert ours.name == implementations.COMPILED
+
+
 def changed(other: Implementation, loss: float = 1.0, norm: float = 1.0) -> Implementation:
     def wrong(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         found = other.step(inputs, targets)
