@@ -80,7 +80,7 @@ def backward_kernel(
     w = tl.where(inside, load_parameter(inp.weight, everywhere, everywhere < C), 0.0)
     key = dropout_key(seed, stream)
     # Added up over the rows of a tile after the loop: within it no thread waits for another.
-    dw = tl.zeros((column.shape[0], tile.rows, column.shape[2]), tl.float32)
+    dw = tl.zeros_like(column + first).to(tl.float32)  # Triton 3.6 takes no shape out of a tensor
     db = dw
     dx_bias = dw
     for i in tl.range(tl.program_id(0), tl.cdiv(rows, tile.rows), tl.num_programs(0), num_stages=tile.stages):
