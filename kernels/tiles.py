@@ -1,8 +1,9 @@
 """Tile sizes by kernel, GPU architecture and width: tables, with the origin of each row.
 
 A launcher looks up its row; nothing is tuned at start-up. Measured rows are pasted from `python -m fusedgpt.bench tiles`.
-An "offline" row was chosen without a GPU, by registers and spills (`make kernels-report`). An architecture without rows
-of its own uses "any", which must not spill on any architecture.
+An "offline" row was chosen without a GPU, by registers and spills (`make kernels-report`); a "counted" one also by what
+GPT-2's shapes (B 64, T 1024, C 768, bfloat16) execute on sm_90 (`python -m fusedgpt.bench counts`), and its origin says how
+much, without · with dropout. An architecture without rows of its own uses "any", which must not spill on any architecture.
 
 Stages, for NVIDIA: with n stages, n - 1 tiles are requested ahead, and an iteration begins by waiting for the oldest and
 ends by requesting the next. So 2 stages have nothing in flight while they compute (`async_wait {num = 0}` in the TTGIR,
@@ -100,9 +101,11 @@ _Row = TypeVar("_Row", Tile, OnePassTile)
 ANY = 1 << 31
 _OFFLINE = "offline"
 
-# Persistent programs keep the parameters and the dropout keys of their columns in registers, so there are enough warps
-# for each thread to hold 8 to 16 elements of a row. All programs are resident at once: one that waits for another to
-# end would double the time. `make kernels-report` checks that against occupancy.
+# Persistent programs keep the parameters and the dropout keys of their columns in registers. Up to 768 columns a warp takes
+# whole rows, 24 elements a thread: it sums them without another's help, and no lane is idle beyond 768, as a quarter of 4
+# warps on a row of 1024 would be. Wider, the backward's sums would spill, and several warps share a row, 8 to 16 elements a
+# thread. All programs are resident at once: one that waits for another to end would double the time. `make kernels-report`
+# checks that against occupancy.
 # "any" prefetches nothing: the other resident programs' loads are in flight meanwhile, 24 to 36 KB of a multiprocessor,
 # and its few registers and no buffers let more programs be resident (float32 has to fit into 99 KiB of consumer GPUs).
 _FORWARD = (
@@ -127,14 +130,14 @@ _BACKWARD = (
     Tile(ANY, 2048, 1, 8, 1, 0, _OFFLINE),
 )
 # Data-centre GPUs have two to four times the bandwidth of a multiprocessor and 163 KiB or more of shared memory. Bytes in
-# flight are a program's whole tile: at 768 columns in bfloat16 forward 4 x 6 KB, backward 3 x 9 KB. A fourth stage takes
+# flight are a program's whole tile: at 768 columns in bfloat16 forward 2 x 24 KB, backward 2 x 36 KB. A fourth stage takes
 # shared memory and 10 to 30 registers, which cost a resident program at most widths. 1024 columns: float32 takes 32 KiB,
 # so four programs; backward up to 166 registers, so three. 2048: up to 158 registers. Forward at 4096: 151 registers
 # leave one program of 8 warps, where without a prefetch two are resident.
 _FORWARD_PREFETCHED = (
     *_FORWARD[:2],
     Tile(512, 512, 2, 2, 3, 6, _OFFLINE),
-    Tile(768, 1024, 4, 4, 3, 2, _OFFLINE),
+    Tile(768, 1024, 4, 4, 3, 2, "counted: 298 · 627 instructions a row"),
     Tile(1024, 1024, 2, 4, 3, 4, _OFFLINE),
     Tile(2048, 2048, 1, 4, 3, 3, _OFFLINE),
     _FORWARD[6],
@@ -144,7 +147,7 @@ _FORWARD_PREFETCHED = (
 _BACKWARD_PREFETCHED = (
     *_BACKWARD[:2],
     Tile(512, 512, 2, 2, 3, 4, _OFFLINE),
-    Tile(768, 1024, 4, 4, 3, 2, _OFFLINE),
+    Tile(768, 1024, 4, 4, 3, 2, "counted: 487 · 774 instructions a row"),
     Tile(1024, 1024, 2, 4, 3, 3, _OFFLINE),
     Tile(2048, 2048, 1, 4, 3, 2, _OFFLINE),
     Tile(4096, 4096, 1, 8, 3, 1, _OFFLINE),
@@ -171,11 +174,12 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 # and stays below the 99 KiB of shared memory of consumer GPUs; its dk, dv at 64 have 4 stages, as the smallest tiles.
 # sm_90 forward: with 64 queries a tile, 12 × 64 heads of 1024 would fetch 1.8 GB of keys and values, with 128 half of that.
 # At 64 two programs of 4 warps are resident, so that one multiplies while the other computes exponentials, which one
-# program of 8 warps over 128 keys waits for.
+# program of 8 warps over 128 keys waits for; a program takes 24,400 warp instructions, one of 8 warps 25,000. 4 stages take
+# 550 more and serve nothing: the loops are 2 to 14 tiles long.
 # float32 multiplies without tensor cores, from registers: heads wider than 64 spill at any tile, and 1 stage leaves
 # registers for four programs.
 # Registers on sm_90 by descriptor at width 64, without · with dropout (Triton 3.6 | 3.9):
-#     forward 193 · 225 | 194 · 227    dq 122 · 155 | 122 · 138    dk, dv 192 · 253 | 192 · 218
+#     forward 193 · 208 | 194 · 222    dq 122 · 141 | 122 · 142    dk, dv 191 · 224 | 190 · 223
 # By pointer sm_90's dk, dv spilled there under 3.6, 12 bytes at 64 and 32 at 128, when delta was loaded earlier: what no
 # descriptor can hold uses the sizes of "any".
 # "any" on sm_80 with first_key: 8 bytes in dk, dv at 64, under 3.6 alone; 8 warps do not spill, but leave one program.
@@ -186,7 +190,10 @@ LAYER_NORM_BACKWARD: dict[str, tuple[Tile, ...]] = {
 DESCRIPTORS = {"sm_90": "sm_90 by pointer", "sm_100": "sm_100 by pointer"}
 ATTENTION_FORWARD: dict[str, tuple[Tile, ...]] = {
     "any": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 32, 128, 8, 3, 0, _OFFLINE)),
-    "sm_90": (Tile(64, 64, 128, 4, 3, 0, _OFFLINE), Tile(128, 64, 128, 8, 3, 0, _OFFLINE)),
+    "sm_90": (
+        Tile(64, 64, 128, 4, 3, 0, "counted: 151 · 201 M instructions"),
+        Tile(128, 64, 128, 8, 3, 0, _OFFLINE),
+    ),
     "sm_90 by pointer": (Tile(64, 64, 128, 8, 1, 0, _OFFLINE), Tile(128, 32, 128, 8, 1, 0, _OFFLINE)),
     "sm_100": (Tile(64, 64, 128, 8, 3, 0, _OFFLINE), Tile(128, 128, 128, 8, 3, 0, _OFFLINE)),
     "sm_100 by pointer": (Tile(128, 64, 128, 8, 3, 0, _OFFLINE),),
@@ -226,7 +233,7 @@ ATTENTION_DECODE: dict[str, tuple[Tile, ...]] = {
     "interpreter": (Tile(128, 16, 16, 1, 1, 0, ""),),
 }
 # The one-pass backward. Registers without · with dropout (Triton 3.6 | 3.9), at 64:
-# 213 · 254 | 214 · 255, 114 KiB, no spill, 5 matmuls and 65 instructions for exponentials where two passes have 7 and 136.
+# 236 · 251 | 220 · 254, 114 KiB, no spill, 5 matmuls and 65 instructions for exponentials where two passes have 7 and 136.
 # One program is resident, so nothing but its own prefetch hides a load.
 # 128 queries a tile spill, 64 to 488 bytes, with 64 keys or 128. 64 × 64 with 4 warps, two programs per multiprocessor,
 # adds twice the bytes to dq, and with 2 stages spilled 32 bytes with dropout under 3.9, by pointer 12 to 100.
@@ -236,7 +243,7 @@ ATTENTION_DECODE: dict[str, tuple[Tile, ...]] = {
 TWO_PASSES = OnePassTile(ANY, 0, 0, 0, 0, 0, 0, 0, _OFFLINE)
 ATTENTION_ONE_PASS: dict[str, tuple[OnePassTile, ...]] = {
     "any": (TWO_PASSES,),
-    "sm_90": (OnePassTile(64, 128, 64, 8, 3, 1, 75, 48, _OFFLINE), TWO_PASSES),
+    "sm_90": (OnePassTile(64, 128, 64, 8, 3, 1, 75, 48, "counted: 293 · 371 M instructions"), TWO_PASSES),
 }
 
 # Reductions over rows that are read once: enough loads in flight at any width; offline there is nothing to tune.
@@ -298,9 +305,14 @@ def matmul_row(table: dict[str, tuple[MatmulTile, ...]], architecture: str, colu
 
 
 # Cross-entropy: limit is the length of a row of logits, which two passes read. Few, wide programs, so that the rows in
-# flight (100 KB each at 50304 columns in bfloat16) are still cached for the second pass.
+# work (100 KB each at 50304 columns in bfloat16) are still cached for the second pass: 48 registers leave two programs, 27 MB
+# on an H100 beside its 50 MB (Triton 3.6: 40 registers, three, 40 MB). One of 32 warps over 16384 columns would halve that
+# but idle in each row's sums; 8 warps over 8192 spill under 3.6.
 CROSS_ENTROPY: dict[str, tuple[Tile, ...]] = {
-    "any": (Tile(1024, 1024, 1, 4, 1, 0, _OFFLINE), Tile(ANY, 8192, 1, 16, 1, 0, _OFFLINE)),
+    "any": (
+        Tile(1024, 1024, 1, 4, 1, 0, _OFFLINE),
+        Tile(ANY, 8192, 1, 16, 1, 0, "counted: 33,300 instructions a row of 50304"),
+    ),
     # 8192 columns spill 8 bytes in float32 with label smoothing
     "sm_100": (Tile(1024, 1024, 1, 4, 1, 0, _OFFLINE), Tile(ANY, 4096, 1, 16, 1, 0, _OFFLINE)),
     "interpreter": (Tile(ANY, 128, 1, 1, 1, 0, ""),),

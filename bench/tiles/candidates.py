@@ -115,12 +115,16 @@ def by_pointer(architecture: str, width: int) -> Iterator[None]:
 # ---- cases and work
 
 
-def _by_width(widths: Sequence[int]) -> dict[int, Sequence[int]]:
-    """Widths of one power of two share a row; those above WHOLE are taken in blocks."""
-    blocks = defaultdict(list)
+def _grouped(limit: Callable[[int], int], widths: Sequence[int]) -> dict[int, Sequence[int]]:
+    """Widths that share a row, by its limit; those above WHOLE are taken in blocks."""
+    groups = defaultdict(list)
     for width in sorted(widths):
-        blocks[min(next_power_of_two(width), 2 * WHOLE)].append(width)
-    return dict(blocks)
+        groups[min(limit(width), 2 * WHOLE)].append(width)
+    return dict(groups)
+
+
+_by_width = partial(_grouped, next_power_of_two)
+_by_row = partial(_grouped, lambda width: select(LAYER_NORM_FORWARD, "sm_90", width).limit)
 
 
 HEADS_OF_64, HEADS_OF_128 = ([Heads(width, p) for p in (0.0, 0.1)] for width in (64, 128))
@@ -213,8 +217,9 @@ def _loss_example(vocabulary: int) -> Example:
 # ---- candidates
 
 
-def candidates(block: int, _: str = "") -> Iterator[Tile]:
-    """Tiles for rows of `block` columns, a power of two, on any architecture; above WHOLE rows are taken in blocks."""
+def candidates(limit: int, _: str = "") -> Iterator[Tile]:
+    """Tiles for rows of up to `limit` columns, on any architecture; above WHOLE rows are taken in blocks."""
+    block = next_power_of_two(limit)
     if block > WHOLE:
         for size, warps in itertools.product((1024, 2048, 4096, 8192), (4, 8, 16)):
             if _fits(size, warps):
@@ -224,7 +229,7 @@ def candidates(block: int, _: str = "") -> Iterator[Tile]:
         if _fits(rows * block, warps):
             for stages, programs in itertools.product(STAGES, (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)):
                 if programs * warps <= 64:  # resident on a multiprocessor
-                    yield Tile(block, block, rows, warps, stages, programs, "")
+                    yield Tile(limit, block, rows, warps, stages, programs, "")
 
 
 def _fits(elements: int, warps: int) -> bool:
@@ -334,7 +339,7 @@ ATTENTION_WORKS = {"forward": partial(_forward, _heads), "backward": partial(_ba
 _attention = partial(Sweep, example=_heads_example, present=_head_row, blocks=_by_head)
 _mlp_sweep = partial(Sweep, example=_mlp_example, present=matmul_row, blocks=_by_width)
 _norm_sweep = partial(
-    Sweep, candidates=candidates, example=_norm_example, present=select, blocks=_by_width, float32=True
+    Sweep, candidates=candidates, example=_norm_example, present=select, blocks=_by_row, float32=True
 )
 TABLES: dict[str, Sweep] = {
     "ATTENTION_ONE_PASS": _attention(ATTENTION_ONE_PASS, ATTENTION_WORKS["backward"], candidates=_passes),

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 INTERPRETED = pytest.mark.skipif(not _triton.INTERPRETED, reason="this process compiles its kernels")
 
 
-@pytest.mark.parametrize("block", [64, 256, 1024, 2048, 8192, 16384])
+@pytest.mark.parametrize("block", [64, 256, 768, 1024, 2048, 8192, 16384])
 def test_candidates(block: int) -> None:
     tiles = list(swept.candidates(block))
     assert len(tiles) == len(set(tiles)) > 5
@@ -142,6 +142,7 @@ def test_tables_come_by_what_a_step_gains_and_first_at_the_small_models_width() 
     assert titles[: len(swept.TABLES)] == list(swept.TABLES)
     assert [block for title, block, _ in jobs if title == "ATTENTION_FORWARD"] == [64, 128]
     assert [cases for title, _, cases in jobs if title == "MLP_UP"] == [[768, 1024], [1600]]
+    assert [cases for title, _, cases in jobs if title == "LAYER_NORM_FORWARD"] == [[768], [1024], [1600]]
     titles = [title for title, *_ in tile_sweep._jobs((768,), torch.float32)]
     assert titles == ["CROSS_ENTROPY", "LAYER_NORM_FORWARD", "LAYER_NORM_BACKWARD"]
 
