@@ -44,6 +44,8 @@ OVERWRITING = {
     "uniform_",
     "random_",
 }  # they do not read what they write
+# of their first tensor they take shape and dtype
+LIKE = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 GATHERS = {"embedding", "index", "index_select", "gather"}  # of their first tensor they read what they return
 
 # What a kernel writes, by the names of its arguments or of their fields; all other tensors are read.
@@ -127,6 +129,8 @@ class Traffic(TorchDispatchMode):
             new = 0 if written or _aliases(results, given) else _distinct(results)
             if name in GATHERS:
                 read += new - _distinct(given[:1])
+            if name in LIKE:
+                read = 0
             formula = flop_registry.get(_out_of_place(operator))
             shaped = [a for a in args if not isinstance(a, torch.dtype)]  # the formulas know no out_dtype
             flops = formula(*shaped, **kwargs, out_val=result) if formula else 0

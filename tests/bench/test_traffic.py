@@ -35,6 +35,8 @@ def recorded(function, limit: float = float("inf")) -> list[tuple[str, int, int,
         ("add.Tensor", lambda x, y: x + y[0].expand(M, N), 1 + 1 / M, 1),
         ("copy_.default", lambda x, y: x.copy_(y), 1, 1),
         ("zero_.default", lambda x, y: x.zero_(), 0, 1),
+        ("zeros_like.default", lambda x, y: torch.zeros_like(x), 0, 1),
+        ("new_full.default", lambda x, y: x.new_full((M,), 3.0), 0, 1 / N),
         ("_to_copy.default", lambda x, y: x.to(torch.bfloat16), 1, 1 / 2),
         ("sum.default", lambda x, y: x.sum(), 1, 1 / (M * N)),
         ("clone.default", lambda x, y: x.T[:5].contiguous(), 1 / 2, 1 / 2),  # and nothing for the views
