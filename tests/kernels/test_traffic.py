@@ -30,7 +30,8 @@ SEED = PROGRAMS * 8
 
 
 @contextmanager
-def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def moved(monkeypatch: pytest.MonkeyPatch, distinct: bool = False) -> Iterator[list[int]]:
+    """Bytes of each load and store. distinct: an address that elements of a tile share, such as a parameter's, counts once."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     weights: list[int] = []
@@ -39,9 +40,9 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         original = getattr(InterpreterBuilder, name)
 
         def watched(self, pointers, *rest, **options):
-            weights.append(
-                int(np.asarray(rest[mask_at].data).sum()) * pointers.get_element_ty().primitive_bitwidth // 8
-            )
+            mask = np.asarray(rest[mask_at].data).astype(bool)
+            elements = len(np.unique(pointers.data[mask])) if distinct else int(mask.sum())
+            weights.append(elements * pointers.get_element_ty().primitive_bitwidth // 8)
             return original(self, pointers, *rest, **options)
 
         patch.setattr(InterpreterBuilder, name, watched)
@@ -65,10 +66,10 @@ def test_add_layer_norm(p: float, residual_dtype: torch.dtype, monkeypatch: pyte
     seed = torch.tensor([1])
     wide = residual_dtype.itemsize
     drawn = SEED if p else 0
-    with moved(monkeypatch) as forward:
+    with moved(monkeypatch, distinct=True) as forward:
         y, residual_out = add_layer_norm(x, residual, weight, bias, 1e-5, p, seed, 0, x_bias)
     assert sum(forward) == TENSOR * (2 * 2 + 2 * wide) + STATS + 3 * PARAMETER + drawn
-    with moved(monkeypatch) as backward:
+    with moved(monkeypatch, distinct=True) as backward:
         torch.autograd.backward([y, residual_out], [torch.ones_like(y), torch.ones_like(residual_out)])
     separate_dx = 2 if p or wide == 4 else 0
     assert sum(backward) == TENSOR * (2 + 3 * wide + separate_dx) + STATS + (1 + 3) * PARAMETER + drawn
@@ -80,10 +81,10 @@ def test_layer_norm(monkeypatch: pytest.MonkeyPatch) -> None:
         leaf(COLUMNS, dtype=torch.float32),
         leaf(COLUMNS, dtype=torch.float32),
     )
-    with moved(monkeypatch) as forward:
+    with moved(monkeypatch, distinct=True) as forward:
         y = layer_norm(x, weight, bias)
     assert sum(forward) == 2 * TENSOR * 2 + STATS + 2 * PARAMETER
-    with moved(monkeypatch) as backward:
+    with moved(monkeypatch, distinct=True) as backward:
         y.backward(torch.ones_like(y))
     assert sum(backward) == 3 * TENSOR * 2 + STATS + (1 + 2) * PARAMETER
 
@@ -92,7 +93,7 @@ def test_an_output_that_nobody_used_is_not_read(monkeypatch: pytest.MonkeyPatch)
     x, residual, weight = leaf(ROWS, COLUMNS), leaf(ROWS, COLUMNS), leaf(COLUMNS, dtype=torch.float32)
     with use_backend("triton"):
         y, _ = add_layer_norm(x, residual, weight)
-    with moved(monkeypatch) as backward:
+    with moved(monkeypatch, distinct=True) as backward:
         y.backward(torch.ones_like(y))
     assert sum(backward) == 3 * TENSOR * 2 + STATS + (1 + 1) * PARAMETER
 
