@@ -1,5 +1,6 @@
 """What README.md and docs/benchmarks.md show of a record of counts."""
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
@@ -26,7 +27,7 @@ def short(record: Record) -> Iterator[str]:
         cells = [ours["name"]]
         for figure in ("instructions", "dram_bytes", "bound"):
             peer = min(others, key=lambda row: row[figure])
-            name = peer["side"].split()[0].strip(",")  # its version is in docs/benchmarks.md
+            name = re.split(r",| \d", peer["side"])[0]  # its version is in docs/benchmarks.md
             cells.append(f"{ours[figure] / peer[figure]:.2f} ({name})")
         lines.append([*cells, f"{ours['bound']:,.0f} µs", ours["unit"]])
     if lines:
