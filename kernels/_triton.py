@@ -29,10 +29,14 @@ triton: Any
 tl: Any
 TensorDescriptor: Any
 MISSING: str | None = None  # why there is no Triton
+WARP_AXIS = 1  # of a tile of three axes, along which warps are laid where the last axis takes but one
 try:
     import triton  # type: ignore[no-redef,import-untyped]
     import triton.language as tl  # type: ignore[no-redef,import-untyped]
     from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[no-redef,import-untyped]
+
+    if triton.__version__.startswith("3.6."):
+        WARP_AXIS = 0
 except ImportError as error:
     MISSING = str(error)
     triton = tl = TensorDescriptor = _Absent()

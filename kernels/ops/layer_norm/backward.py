@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
 from ...dropout_mask import dropout_key, keep_tile
-from .forward import load_float32, load_parameter, sum_rows, whole_rows
+from .forward import ROWS, load_float32, load_parameter, sum_rows, whole_rows
 
 
 class Incoming(NamedTuple):
@@ -80,7 +80,7 @@ def backward_kernel(
     w = tl.where(inside, load_parameter(inp.weight, everywhere, everywhere < C), 0.0)
     key = dropout_key(seed, stream)
     # Added up over the rows of a tile after the loop: within it no thread waits for another.
-    dw = tl.zeros_like(column + first).to(tl.float32)  # Triton 3.6 takes no shape out of a tensor
+    dw = tl.zeros_like(everywhere).to(tl.float32)
     db = dw
     dx_bias = dw
     for i in tl.range(tl.program_id(0), tl.cdiv(rows, tile.rows), tl.num_programs(0), num_stages=tile.stages):
@@ -106,11 +106,9 @@ def backward_kernel(
         dx = _store_gradients(out, dh, key, at, row, column, here, threshold, scale)
         if wanted.dx_bias:
             dx_bias += dx
-    dw, db, dx_bias = (
-        tl.sum(dw, 1, keep_dims=True),
-        tl.sum(db, 1, keep_dims=True),
-        tl.sum(dx_bias, 1, keep_dims=True),
-    )
+    dw = tl.sum(dw, ROWS, keep_dims=True)
+    db = tl.sum(db, ROWS, keep_dims=True)
+    dx_bias = tl.sum(dx_bias, ROWS, keep_dims=True)
     _store_sums(out.sums, tl.program_id(0), dw, db, dx_bias, column, inside, C, wanted)
 
 

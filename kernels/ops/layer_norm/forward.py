@@ -6,8 +6,10 @@ specialised on, and offsets are 64 bits wide.
 
 from typing import Any, NamedTuple
 
-from ..._triton import tl, triton
+from ..._triton import WARP_AXIS, tl, triton
 from ...dropout_mask import dropout_key, keep_tile
+
+ROWS = tl.constexpr(WARP_AXIS)  # the axis of rows in a tile of whole rows
 
 
 class Inputs(NamedTuple):
@@ -44,21 +46,26 @@ def load_parameter(pointer, column, inside):
 
 @triton.jit
 def whole_rows(x, tile: tl.constexpr):
-    """The columns (spans, 1, SPAN) and the first rows (1, rows, 1) of a tile of whole rows of x.
+    """The columns and the first rows of a tile of whole rows of x: (spans, 1, SPAN) and (1, rows, 1), or the first two axes swapped.
 
-    With as many rows as warps each warp takes rows of its own, so that no sum along a row leaves it: rows are the axis
-    along which warps are laid, since a span is what one warp loads at once, 16 bytes a lane.
+    With as many rows as warps each warp takes rows of its own, so that no sum along a row leaves it: ROWS is the axis along
+    which warps are laid, since a span is what one warp loads at once, 16 bytes a lane.
     """
     ONE: tl.constexpr = min(4096 // x.dtype.element_ty.primitive_bitwidth, tile.block)
     SPAN: tl.constexpr = ONE if tile.rows >= tile.warps else tile.block
-    column = SPAN * tl.arange(0, tile.block // SPAN)[:, None, None] + tl.arange(0, SPAN)[None, None, :]
-    return column, tl.arange(0, tile.rows).to(tl.int64)[None, :, None]
+    spans = SPAN * tl.arange(0, tile.block // SPAN)
+    rows = tl.arange(0, tile.rows).to(tl.int64)
+    within = tl.arange(0, SPAN)[None, None, :]
+    if ROWS == 0:
+        return spans[None, :, None] + within, rows[:, None, None]
+    else:
+        return spans[:, None, None] + within, rows[None, :, None]
 
 
 @triton.jit
 def sum_rows(x):
-    """The sum of each row of a tile as `whole_rows` lays it out: (1, rows, 1)."""
-    return tl.sum(tl.sum(x, 0, keep_dims=True), 2, keep_dims=True)
+    """The sum of each row of a tile as `whole_rows` lays it out, in the shape of its rows."""
+    return tl.sum(tl.sum(x, 1 - ROWS, keep_dims=True), 2, keep_dims=True)
 
 
 @triton.jit
@@ -80,6 +87,7 @@ def forward_kernel(inp, out, seed, stream, threshold, scale, eps, rows, C: tl.co
     """Whole rows in registers, each read once. Programs are persistent and keep the parameters."""
     column, first = whole_rows(inp.x, tile)
     inside = column < C
+    # In the shape of x, so that Triton loads them in x's layout: in another one it would convert y within the loop.
     everywhere = column + tl.zeros_like(first).to(tl.int32)
     w = load_parameter(inp.weight, everywhere, everywhere < C)
     b = load_parameter(inp.bias, everywhere, everywhere < C)
@@ -89,6 +97,7 @@ def forward_kernel(inp, out, seed, stream, threshold, scale, eps, rows, C: tl.co
         row = i * tile.rows + first
         at = row * C + column
         here = (row < rows) & inside
+        # beyond C zeros that the compiler knows, so that it leaves out what they would cost
         h = tl.where(inside, _add(inp, x_bias, key, at, row, column, here, threshold, scale), 0.0)
         if inp.residual is not None:
             tl.store(out.residual_out + at, h, mask=here)
