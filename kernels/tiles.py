@@ -120,7 +120,7 @@ _FORWARD = (
     Tile(ANY, 4096, 1, 8, 1, 0, _OFFLINE),
 )
 _BACKWARD = (
-    Tile(64, 64, 16, 1, 1, 8, _OFFLINE),
+    Tile(64, 64, 8, 1, 1, 12, _OFFLINE),
     Tile(256, 256, 4, 1, 1, 8, _OFFLINE),
     Tile(512, 512, 2, 2, 1, 5, _OFFLINE),
     Tile(768, 1024, 4, 4, 1, 2, _OFFLINE),
