@@ -45,6 +45,8 @@ class LaunchCounts:
     tallies: Counter[str] = field(default_factory=Counter)
     # by name of the tensor: its bytes, and the sectors read and written of it, each once
     tensors: dict[str, tuple[int, set[int], set[int]]] = field(default_factory=dict)
+    # sectors that warps have loaded into L1 since the basic block began
+    cached: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64), repr=False)
 
     @property
     def scale(self) -> float:
@@ -66,19 +68,33 @@ class LaunchCounts:
 
     def block(self, machine: "Machine", start: int, mask: Mask) -> None:
         warps = machine.threads.warps if mask is True else int(mask.reshape(-1, 32).any(1).sum())
+        self.cached = self.cached[:0]
         self.executed.update(dict.fromkeys(range(start, machine.blocks[start].following), warps))
 
     def access(
-        self, machine: "Machine", kind: str, address: np.ndarray, width: int, threads: np.ndarray
+        self,
+        machine: "Machine",
+        kind: str,
+        address: np.ndarray,
+        width: int,
+        threads: np.ndarray,
+        through_l1: bool = False,
     ) -> None:
-        """Global memory, `width` bytes for each of the threads; kind: "load" or "store"."""
+        """Global memory, `width` bytes for each of the threads; kind: "load" or "store".
+
+        through_l1: a warp's next load of a sector in the same basic block is served by L1, as where a thread loads its 32 bytes in two halves.
+        """
         if not len(threads):
             return
         warp = (threads // 32).astype(np.uint64) << np.uint64(48)
         self.tallies[f"{kind} asked"] += width * len(np.unique(warp | address))
         steps = range(0, width, SECTOR)  # a wide vector reaches into several
         sectors = [(address + np.uint64(step)) // np.uint64(SECTOR) for step in steps]
-        self.tallies[f"{kind} sectors"] += sum(len(np.unique(warp | sector)) for sector in sectors)
+        moved = np.unique(np.concatenate([warp | sector for sector in sectors]))
+        if through_l1:
+            moved = np.setdiff1d(moved, self.cached, assume_unique=True)
+            self.cached = np.union1d(self.cached, moved)
+        self.tallies[f"{kind} sectors"] += len(moved)
         self.touch(machine.memory.regions, kind, np.unique(np.concatenate(sectors)))
 
     def box(self, kind: str, region: Region | None, window: np.ndarray) -> None:

@@ -90,3 +90,17 @@ def test_traffic_takes_each_sector_once_and_scales_with_the_grid() -> None:
     assert counts.traffic() == (6 * 256, 6 * 128)
     counts.grid = (1000, 1, 1)
     assert counts.traffic()[0] == 4096 * 4  # the tensor's size
+
+
+def test_l1_serves_the_second_half_of_a_sector_within_a_basic_block() -> None:
+    halves = "mul.wide.u32 %rd2, %r1, 32; add.s64 %rd3, %rd1, %rd2; ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd3]; "
+    again = "ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd3+16]"
+    assert counted(halves + again).tallies["load sectors"] == 32
+    assert counted(halves + "bra $next; $next: " + again).tallies["load sectors"] == 64
+    stores = (halves + again).replace(
+        "ld.global.v4.b32 {%r2, %r3, %r4, %r5}, [%rd3", "st.global.v4.b32 [%rd3"
+    )
+    stores = stores.replace("[%rd3]", "[%rd3], {%r1, %r1, %r1, %r1}").replace(
+        "[%rd3+16]", "[%rd3+16], {%r1, %r1, %r1, %r1}"
+    )
+    assert counted(stores).tallies["store sectors"] == 64

@@ -111,7 +111,7 @@ def count_access(
     if machine.counts is None:
         return
     if space(ins) == "global":
-        machine.counts.access(machine, kind, at, width, threads)
+        machine.counts.access(machine, kind, at, width, threads, through_l1=ins.name == "ld")
     else:
         machine.counts.shared(machine.shared.flat(at, width, threads), width, threads)
 
