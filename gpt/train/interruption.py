@@ -4,9 +4,10 @@ obeyed between two batches or two pieces of a sample."""
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...data.windows import Batch
+if TYPE_CHECKING:  # it imports the tokenizers, which a machine that only measures may lack
+    from ...data.windows import Batch
 
 
 class TrainingError(RuntimeError):
@@ -23,7 +24,7 @@ def check(signals: list[int]) -> None:
         raise Interrupted
 
 
-def until(signals: list[int], batches: Iterable[Batch]) -> Iterator[Batch]:
+def until(signals: list[int], batches: "Iterable[Batch]") -> "Iterator[Batch]":
     """The batches; Interrupted instead of the next one once there is a signal."""
     for batch in batches:
         check(signals)

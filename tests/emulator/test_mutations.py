@@ -10,7 +10,7 @@ from fusedgpt.bench.emulator.mutations import REMOVED, Survey, Trial, redundant,
 @pytest.mark.parametrize(
     ("check", "architecture", "kernel", "kinds"),
     [
-        ("add_layer_norm 53 x 768, p = 0.1", "sm_80", "backward_kernel", {"barrier", "wait for cp.async"}),
+        ("add_layer_norm 53 x 768, p = 0.1", "sm_80", "forward_kernel", {"barrier", "wait for cp.async"}),
         (
             "attention 1 x 137 x 3 x 64, 2 heads, p = 0.1, one pass",
             "sm_90",

@@ -93,7 +93,11 @@ def test_the_kernels_stay_whole_in_a_compiled_step(graphs: list[torch.fx.GraphMo
         eager, compiled = make(), make()
         lines(compiled)
         torch.testing.assert_close(losses(compiled), losses(eager), rtol=1e-6, atol=0)
-    called = [{str(node.target) for node in graph.graph.nodes} for graph in graphs]
+    # an operator that may add to a gradient in place is the argument of a call that leaves its inputs alone
+    called = [
+        {str(name) for node in graph.graph.nodes for name in (node.target, *node.args[:1])}
+        for graph in graphs
+    ]
     names = ("embed", "add_layer_norm", "packed_attention", "gelu_mlp", "linear")
     assert called[0] >= {f"fusedgpt.{name}.default" for name in names}
     assert called[1] >= {f"fusedgpt.{name}.default" for name in ("gelu_mlp_backward", "linear_backward")}

@@ -346,4 +346,4 @@ def test_what_is_known_to_be_wrong_is_not_compiled_ahead(
             train(with_train(run_config, steps=1), tmp_path / run)
     first, second = ahead
     assert first - second == {"packed_attention", "packed_attention_backward"}
-    assert not second - first
+    assert second - first == {"dropout_words"}  # plain PyTorch's mask

@@ -195,7 +195,8 @@ def test_compiling_follows_the_backend(operator: str) -> None:
     graphs = []
 
     def note(module: torch.fx.GraphModule, _):
-        graphs.append("torch.ops.fusedgpt" in module.code)
+        # plain PyTorch draws its mask by an operator, too
+        graphs.append("torch.ops.fusedgpt" in module.code.replace("torch.ops.fusedgpt.dropout_words", ""))
         return module
 
     torch.compiler.reset()

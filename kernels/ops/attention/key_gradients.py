@@ -37,7 +37,7 @@ def key_gradients(
             qk = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
             p = tl.exp2(qk * scale - lse_i[None, :])
             if MASKED:
-                first = first_keys(first_key, offs_m, q.batch, q_len, k_len)
+                first = first_keys(first_key, offs_m, q.batch, q_len, k_len, IN_LOOP=True)
                 p = tl.where(visible(offs_m, offs_n, first, q_len, k_len, meta.CAUSAL, True), p, 0.0)
             dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
             if dq_acc is None:

@@ -29,15 +29,16 @@ def _crossed(offs_m, offs_n, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
-def first_keys(first_key, offs_m, batch, q_len, k_len):
-    """The first key that each query sees, or None without first_key."""
+def first_keys(first_key, offs_m, batch, q_len, k_len, IN_LOOP: tl.constexpr = False):
+    """The first key that each query sees, or None without first_key. IN_LOOP: in a pipelined loop."""
     first = None
-    if first_key is not None:
+    if first_key is not None and IN_LOOP:
         first = tl.zeros_like(offs_m) + k_len
-        if (
-            q_len > 0
-        ):  # always: in a branch Triton 3.6 does not make it 16 asynchronous copies in every thread, which spills
+        # always: in a branch Triton 3.6 does not make it 16 asynchronous copies in every thread, which spills
+        if q_len > 0:
             first = tl.load(first_key + batch.to(tl.int64) * q_len + offs_m, mask=offs_m < q_len, other=k_len)
+    elif first_key is not None:
+        first = tl.load(first_key + batch.to(tl.int64) * q_len + offs_m, mask=offs_m < q_len, other=k_len)
     return first
 
 
