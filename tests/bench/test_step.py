@@ -30,6 +30,7 @@ DROPPING = replace(WORK, config=replace(WORK.config, embd_dropout=0.1, attn_drop
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile compiles nothing: a compilation takes half a minute."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch, "__file__", "/opt/python/torch/__init__.py")
 
 
 @pytest.mark.parametrize("work", [WORK, DROPPING], ids=["no dropout", "dropout"])
@@ -54,6 +55,7 @@ def test_our_compiled_step_is_the_training_loops_with_compile_on(monkeypatch: py
         return model
 
     monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "__file__", "/opt/python/torch/__init__.py")  # nothing is linked here
     fusedgpt(WORK)
     assert not compiled
     ours = dict(builders(WORK))[implementations.COMPILED]()

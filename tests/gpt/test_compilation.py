@@ -44,6 +44,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModul
 
     backend = aot_autograd(fw_compiler=note, bw_compiler=note)
     monkeypatch.setattr(torch, "compile", partial(Inductor, backend=backend))
+    monkeypatch.setattr(torch, "__file__", "/opt/python/torch/__init__.py")  # nothing is linked here
     torch.compiler.reset()
     yield found
     torch.compiler.reset()
