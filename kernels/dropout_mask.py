@@ -148,7 +148,7 @@ def keep_tile(key, row, column, threshold):
 
 @triton.jit
 def keep_signs(key, head, start_q, q, start_k, k, threshold, PTX: tl.constexpr = False):
-    """The mask of a tile of attention scores, packed: words, and which byte of its word is an element's.
+    """The mask of a tile of attention scores, packed: words, and which byte of its word is an element's. Without PTX, True where kept.
 
     A byte's sign bit is set where its element is kept: its seven bits plus 128 - threshold never carry over.
 
@@ -160,21 +160,20 @@ def keep_signs(key, head, start_q, q, start_k, k, threshold, PTX: tl.constexpr =
     r = row_keys(key, head, start_q + (q - (q & 8)))
     c = column_keys(key, start_k + (k - (k & 8)))
     words = dropout_words(r, c, PTX)
-    signs = (words & 0x7F7F7F7F) + (128 - threshold).to(tl.uint32) * 0x01010101
-    return signs, 2 * ((q >> 3) & 1) + ((k >> 3) & 1)
+    byte = 2 * ((q >> 3) & 1) + ((k >> 3) & 1)
+    if PTX:
+        signs = (words & 0x7F7F7F7F) + (128 - threshold).to(tl.uint32) * 0x01010101
+    else:  # comparing a byte in place saves the shift
+        unit = (1 << (8 * byte)).to(tl.uint32)
+        signs = (words & (unit * 127)) >= unit * threshold.to(tl.uint32)
+    return signs, byte
 
 
 @triton.jit
 def keep_scores(key, head, q, k, threshold):
     """The mask of `keep_signs` for positions q and k, True where kept."""
-    signs, byte = keep_signs(key, head, 0, q, 0, k, threshold)
-    return is_kept(signs, byte)
-
-
-@triton.jit
-def is_kept(signs, byte):
-    """What `keep_signs` returned as a mask, True where kept."""
-    return (signs >> (8 * byte + 7).to(tl.uint32) & 1) != 0
+    kept, _ = keep_signs(key, head, 0, q, 0, k, threshold)
+    return kept
 
 
 @triton.jit

@@ -12,7 +12,6 @@ the members of a tuple: a kernel would be compiled again for a length of 1 or a 
 from typing import Any, NamedTuple
 
 from ..._triton import tl, triton
-from ...dropout_mask import is_kept
 
 NOT_SPECIALISED = ["heads", "n_head", "q_len", "k_len", "padded", "group", "stream", "threshold"]
 
@@ -161,7 +160,7 @@ def drop(x, keep, meta):
             "=r,r,r,r,r,r", [x, signs, selector], dtype=x.dtype, is_pure=False, pack=2,
         )  # fmt: skip
     else:
-        y = tl.where(is_kept(signs, byte), x, 0.0)
+        y = tl.where(signs, x, 0.0)
     return y
 
 
