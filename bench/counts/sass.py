@@ -33,7 +33,7 @@ class Sass(NamedTuple):
 
 def executions(counts: LaunchCounts, architecture: str) -> Counter[str]:
     """Warp instructions that the programs of a launch executed, by opcode of the SASS without its modifiers."""
-    by_line = {ins.line: counts.executed[ins.index] for ins in _module(counts.ptx).code}
+    by_line = {ins.line: counts.executed[ins.index] for ins in module_of(counts.ptx).code}
     found: Counter[str] = Counter()
     for block in compiled(counts.ptx, architecture).blocks:
         times = Counter(by_line.get(line, 0) for _, line in block)
@@ -44,7 +44,7 @@ def executions(counts: LaunchCounts, architecture: str) -> Counter[str]:
 
 
 @lru_cache(maxsize=64)
-def _module(ptx: str) -> Module:
+def module_of(ptx: str) -> Module:
     return parse(ptx)
 
 
@@ -78,7 +78,7 @@ def _run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 def _with_line_numbers(ptx: str) -> Iterator[str]:
     """The PTX with a .loc at every line of code, which names that line."""
-    starts = {ins.line for ins in _module(ptx).code}
+    starts = {ins.line for ins in module_of(ptx).code}
     for number, line in enumerate(ptx.splitlines(), 1):
         text = line.strip()
         if text.startswith(".section"):  # debug information to the end

@@ -7,8 +7,8 @@ from math import prod
 from typing import Any
 
 from ..emulator.counting import LaunchCounts
-from ..emulator.ptx import Instruction, parse
-from .sass import compiled, executions
+from ..emulator.ptx import Instruction
+from .sass import compiled, executions, module_of
 
 # Classes of machine instructions by the start of their opcode; the first that fits counts, "integer" takes the rest. "multiply" is
 # integer multiply-add, which the float32 pipe executes.
@@ -78,7 +78,7 @@ def work_of(counts: LaunchCounts, architecture: str) -> Work:
     for opcode, times in opcodes.items():
         instructions[class_of(opcode)] += times
     flops, operands, barriers = 0.0, 0.0, 0.0
-    for ins in parse(counts.ptx).code:
+    for ins in module_of(counts.ptx).code:
         times = counts.executed[ins.index]
         if times and (shape := _matrix_shape(ins)):
             flops += times * 2 * prod(shape)

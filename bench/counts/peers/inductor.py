@@ -70,6 +70,7 @@ def compiled(function: Callable, arguments: tuple[Any, ...], architecture: str) 
 
     def call(*arguments: Any) -> Any:
         bound = inspect.signature(function).bind(*arguments).arguments
+        # Dynamo's own expressions, such as L['mask'].kv_indices; nothing of a file is in them
         found = launcher(*(eval(name, {"L": bound}) for name in names))
         return found[0] if len(found) == 1 else tuple(found)
 
