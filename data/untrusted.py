@@ -4,12 +4,16 @@ A file may be damaged, made by a newer version, or written by somebody who means
 here, so a reader says only what the file should hold.
 """
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
-MAX_JSON = 16 << 20  # bytes; GPT-2's tokenizer in the form of transformers has 1.4 MB
-MAX_TOML = 256 << 10
+MAX_JSON = (
+    8 << 20
+)  # bytes, of which msgspec makes at most 0.2 GB; the largest tokenizer.json of transformers has 5 MB
+MAX_TOML = 64 << 10
+DOTTED = re.compile(r"(?:\.[ \t]*[\w\"'-]+[ \t]*){50}")  # tomllib takes a minute for a key of 30,000 parts
 
 T = TypeVar("T")
 
@@ -64,10 +68,14 @@ def read_bytes(path: Path, limit: int, remedy: str) -> bytes:
         InputError: it cannot be read, or it is larger.
     """
     try:
+        if path.exists() and not path.is_file():  # a pipe without a writer would never answer
+            raise InputError(path, "it is no file", remedy)
         with path.open("rb") as file:
             data = file.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise MissingFile(path, "there is no such file", remedy) from None
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise InputError(path, f"it cannot be read ({reason})", remedy) from None
@@ -114,8 +122,12 @@ def read_toml(path: Path, remedy: str, limit: int = MAX_TOML) -> dict[str, Any]:
         MissingFile: there is no such file.
         InputError: it cannot be read, is too large or nested too deep, or is no TOML (the line is named).
     """
+    data = read_bytes(path, limit, remedy)
     try:
-        return tomllib.loads(read_bytes(path, limit, remedy).decode("utf-8-sig"))
+        text = data.decode("utf-8-sig")
+        if DOTTED.search(text):
+            raise InputError(path, "it is nested too deep", remedy)
+        return tomllib.loads(text)
     except InputError:
         raise
     except RecursionError:

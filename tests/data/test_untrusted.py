@@ -1,5 +1,6 @@
 """Reading files that cannot be trusted: one error in one line, limits, schemas, and no way out of a folder."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,12 @@ def test_size_absence_and_folders_are_named(tmp_path):
     file.write_text('{"name": "a", "sizes": []}' + " " * 100)
     with pytest.raises(InputError, match="more than 100 bytes"):
         read_json(file, Thing, "make it", limit=100)
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\)"):
-        read_json(tmp_path, Thing, "make it")
+    os.mkfifo(tmp_path / "pipe")
+    for other in (tmp_path, tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(InputError, match="it is no file; make it"):
+            read_json(other, Thing, "make it")
+    with pytest.raises(InputError, match=r"cannot be read \(File name too long\)"):
+        read_json(tmp_path / ("x" * 300), Thing, "make it")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +67,7 @@ def test_size_absence_and_folders_are_named(tmp_path):
     [
         ("a = 1\nb == 2", "line 2"),
         ("a = " + "[" * 20_000, "too deep"),
+        ("a" + ".a" * 30_000 + " = 1", "too deep"),
         ("a = 1\n" * 50_000, "bytes"),
         ("a = '\udcff'", "utf-8"),
     ],
