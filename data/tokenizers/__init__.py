@@ -9,7 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal, Protocol, Self
 
-from .base import END_OF_TEXT, FILE_NAME, MAX_VOCAB_SIZE, read_saved, tokenizer_file
+from ..untrusted import InputError
+from .base import END_OF_TEXT, FILE_NAME, MAX_VOCAB_SIZE, REMEDY, saved_kind, tokenizer_file
 from .bpe import BPETokenizer
 from .char import CharTokenizer
 from .gpt2 import GPT2Tokenizer
@@ -90,12 +91,13 @@ KINDS: dict[str, type[Tokenizer]] = {
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer saved at `path`: its JSON file, or a run folder that holds `tokenizer.json`.
 
-    FileNotFoundError if there is none; ValueError for a damaged file or one that another program wrote.
+    MissingFile if there is none; InputError for a damaged file or one that another program wrote.
     """
-    kind = read_saved(path)["kind"]
+    file = tokenizer_file(path)
+    kind = saved_kind(file)
     if kind not in KINDS:
-        raise ValueError(f'{tokenizer_file(path)} has the kind "{kind}", not one of {", ".join(KINDS)}')
-    return KINDS[kind].load(path)
+        raise InputError(file, f'it has the kind "{kind}", not one of {", ".join(KINDS)}', REMEDY)
+    return KINDS[kind].load(file)
 
 
 def make_tokenizer(

@@ -11,31 +11,41 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypedDict
+
+from ..files import make_folder, write_file
+from ..untrusted import InputError, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
 MAX_VOCAB_SIZE = 65536  # token shards hold ids as uint16
+MAX_SPECIAL_TOKENS = 1024  # every text is searched for each of them
+# A few merges that each double a token would fill any memory. GPT-2's longest token has 128 bytes, all together 0.3 MB.
+MAX_TOKEN = 1 << 16  # bytes
+MAX_TOKENS = 16 << 20  # bytes of all tokens of a BPE
 PART = 1 << 20  # characters of a text that are worked on in one go
 BOUNDARY = re.compile(r"(?<=\S)[ \n]")
+REMEDY = "take the tokenizer.json of a run, or one that `gpt tokenizer train` wrote"
 
-T = TypeVar("T")
+
+class Saved(TypedDict):
+    """What every saved tokenizer holds."""
+
+    kind: str
 
 
 class TokenizerBase(ABC):
     """Shared half of every tokenizer; the contract is `Tokenizer` in this package's `__init__`.
 
-    A subclass sets `kind`, calls `__init__` with its sizes and fills in the four abstract methods.
+    A subclass sets `kind` and `Fields`, calls `__init__` with its sizes and fills in the three abstract methods.
     """
 
     kind: str
+    Fields: ClassVar[Any]
+    """A TypedDict: what the saved file holds beside the kind, and the arguments of the class."""
 
     def __init__(self, vocab_size: int, special_tokens: dict[str, int]) -> None:
-        if vocab_size > MAX_VOCAB_SIZE:
-            raise ValueError(
-                f"a vocabulary of {vocab_size} tokens is too large: ids are stored in 16 bits, "
-                f"so there can be at most {MAX_VOCAB_SIZE}"
-            )
+        require_size(vocab_size)
         self.vocab_size = vocab_size
         self.special_tokens = special_tokens
         self.end_of_text = special_tokens[END_OF_TEXT]
@@ -51,11 +61,6 @@ class TokenizerBase(ABC):
     @abstractmethod
     def _fields(self) -> dict[str, Any]:
         """What the saved file holds beside the kind."""
-
-    @classmethod
-    @abstractmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        """The tokenizer of these fields; ValueError says what is wrong with them."""
 
     def encode(
         self,
@@ -100,22 +105,37 @@ class TokenizerBase(ABC):
 
     def save(self, path: str | Path) -> None:
         path = tokenizer_file(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".tmp")
-        unfinished.write_bytes(self._saved_form())
-        unfinished.replace(path)
+        make_folder(path.parent)
+        write_file(path, self._saved_form())
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        fields = read_saved(path)
-        if fields["kind"] != cls.kind:
-            raise ValueError(
-                f"{tokenizer_file(path)} holds a {fields['kind']} tokenizer, not a {cls.kind} one"
-            )
+        file = tokenizer_file(path)
+        if (kind := saved_kind(file)) != cls.kind:
+            raise InputError(file, f"it holds a {kind} tokenizer, not a {cls.kind} one", REMEDY)
+        fields = read_json(file, cls.Fields, REMEDY)
         try:
-            return cls._from_fields(fields)
+            return cls(**fields)
         except ValueError as error:
-            raise ValueError(f"the {cls.kind} tokenizer {tokenizer_file(path)} is damaged: {error}") from None
+            raise InputError(file, f"its {kind} tokenizer is damaged: {error}", REMEDY) from None
+
+
+def require_size(vocab_size: int) -> None:
+    """Raise ValueError where there are more tokens than ids."""
+    if vocab_size > MAX_VOCAB_SIZE:
+        raise ValueError(
+            f"a vocabulary of {vocab_size} tokens is too large: ids are stored in 16 bits, "
+            f"so there can be at most {MAX_VOCAB_SIZE}"
+        )
+
+
+def require_different(name: str, texts: Collection[str]) -> None:
+    """Raise ValueError unless the texts of tokens differ, none is empty and none longer than a token may be."""
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"its {name} do not all differ")
+    refuse_lone_surrogates("".join(texts))
+    if not all(0 < len(text.encode()) <= MAX_TOKEN for text in texts):
+        raise ValueError(f"one of its {name} is empty or has more than {MAX_TOKEN} bytes")
 
 
 def split_at(special_tokens: Collection[str], text: str) -> list[str]:
@@ -169,33 +189,6 @@ def tokenizer_file(path: str | Path) -> Path:
     return path / FILE_NAME if path.is_dir() else path
 
 
-def read_saved(path: str | Path) -> dict[str, Any]:
-    """The fields of a saved tokenizer, `kind` among them. FileNotFoundError, or ValueError if it is none."""
-    file = tokenizer_file(path)
-    try:
-        fields = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise FileNotFoundError(f"there is no tokenizer at {file}") from None
-    except ValueError as error:  # broken JSON as well as broken UTF-8
-        raise ValueError(f"{file} is damaged or no tokenizer: {error}") from None
-    if not (isinstance(fields, dict) and isinstance(fields.get("kind"), str)):
-        raise ValueError(
-            f'{file} is not a tokenizer of this program: it has no "kind"; `gpt tokenizer train` writes one'
-        )
-    return fields
-
-
-def field(fields: dict[str, Any], name: str, expected: type[T]) -> T:
-    """One field of a saved tokenizer; ValueError if it is missing or of another type."""
-    value = fields.get(name)
-    if not isinstance(value, expected):
-        raise ValueError(f'"{name}" is missing or not a {expected.__name__}')
-    return value
-
-
-def string_list(fields: dict[str, Any], name: str) -> list[str]:
-    """Like `field`, for a list of strings that all differ."""
-    values = field(fields, name, list)
-    if not all(isinstance(value, str) for value in values) or len(set(values)) < len(values):
-        raise ValueError(f'"{name}" must hold strings that all differ')
-    return values
+def saved_kind(file: Path) -> str:
+    """The kind of a saved tokenizer. MissingFile, or InputError if it is none."""
+    return read_json(file, Saved, REMEDY)["kind"]

@@ -13,17 +13,20 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypedDict
 
 import regex
 
 from .base import (
     END_OF_TEXT,
+    MAX_SPECIAL_TOKENS,
+    MAX_TOKEN,
+    MAX_TOKENS,
     MAX_VOCAB_SIZE,
     TokenizerBase,
-    field,
     refuse_lone_surrogates,
-    string_list,
+    require_different,
+    require_size,
     training_parts,
 )
 from .merges import learn_merges
@@ -38,6 +41,14 @@ logger = logging.getLogger(__name__)
 PIECES = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 # Only `\s+(?!\S)` still gives a character back, so long runs of white space are cut there, at the end of their piece.
 LONG_RUN = regex.compile(r"(?=\s\S)(?<=\s{1000})")
+MAX_PIECE = (
+    MAX_TOKEN // 4
+)  # characters: in training, longer pieces are cut, so that no token gets longer than it may
+
+
+class Fields(TypedDict):
+    merges: list[tuple[int, int]]
+    special_tokens: list[str]
 
 
 class BPETokenizer(TokenizerBase):
@@ -45,18 +56,29 @@ class BPETokenizer(TokenizerBase):
 
     `merges[i]` is the pair of ids that joins into id `256 + i`. `<|endoftext|>` is always among the special tokens: last
     of them, unless `special_tokens` names it elsewhere. ValueError if a merge joins what does not exist yet or makes
-    bytes that exist already.
+    bytes that exist already, and if there are too many tokens or bytes in them.
     """
 
     kind = "bpe"
+    Fields: ClassVar[Any] = Fields
     byte_order: ClassVar[bytes] = bytes(range(256))  # the byte that id 0, 1, ... 255 stands for
 
     def __init__(self, merges: Sequence[tuple[int, int]], special_tokens: Iterable[str] = ()) -> None:
+        specials = _special_tokens(special_tokens)
+        require_size(256 + len(merges) + len(specials))
         tokens = [bytes([byte]) for byte in self.byte_order]
+        size = 0
         for a, b in merges:
             if not (0 <= a < len(tokens) and 0 <= b < len(tokens)):
                 raise ValueError(
                     f"merge {len(tokens) - 256} joins {a} and {b}, of which one does not exist yet"
+                )
+            length = len(tokens[a]) + len(tokens[b])
+            size += length
+            if length > MAX_TOKEN or size > MAX_TOKENS:
+                raise ValueError(
+                    f"merge {len(tokens) - 256} makes a token of {length} bytes, {size} with those before; allowed are "
+                    f"{MAX_TOKEN} and {MAX_TOKENS}"
                 )
             tokens.append(tokens[a] + tokens[b])
         self.merges = {pair: 256 + i for i, pair in enumerate(merges)}
@@ -64,7 +86,6 @@ class BPETokenizer(TokenizerBase):
         if len(self._ranks) < len(tokens):
             raise ValueError("two merges make the same bytes")
 
-        specials = _special_tokens(special_tokens)
         self.token_bytes = tokens + [token.encode() for token in specials]
         super().__init__(len(self.token_bytes), {token: len(tokens) + i for i, token in enumerate(specials)})
 
@@ -86,6 +107,10 @@ class BPETokenizer(TokenizerBase):
         pieces: Counter[str] = Counter()
         for part in training_parts(texts, specials):
             pieces.update(regex.findall(PIECES, part))
+        for piece in [piece for piece in pieces if len(piece) > MAX_PIECE]:
+            n = pieces.pop(piece)
+            for start in range(0, len(piece), MAX_PIECE):
+                pieces[piece[start : start + MAX_PIECE]] += n
         merges = learn_merges({piece.encode(): n for piece, n in pieces.items()}, vocab_size - least)
         if len(merges) < vocab_size - least:
             logger.warning(
@@ -132,13 +157,6 @@ class BPETokenizer(TokenizerBase):
     def _fields(self) -> dict[str, Any]:
         return {"special_tokens": list(self.special_tokens), "merges": list(self.merges)}
 
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        merges = field(fields, "merges", list)
-        if not all(isinstance(m, list) and len(m) == 2 and all(type(i) is int for i in m) for m in merges):
-            raise ValueError('"merges" must hold pairs of ids')
-        return cls([(a, b) for a, b in merges], string_list(fields, "special_tokens"))
-
 
 def _replace(symbols: list[int], pair: tuple[int, int], new: int) -> list[int]:
     """`symbols` with `new` for every occurrence of `pair`, from left to right."""
@@ -153,7 +171,9 @@ def _replace(symbols: list[int], pair: tuple[int, int], new: int) -> list[int]:
 
 def _special_tokens(special_tokens: Iterable[str]) -> list[str]:
     specials = list(dict.fromkeys([*special_tokens, END_OF_TEXT]))
-    if "" in specials:
-        raise ValueError("a special token cannot be the empty string")
-    refuse_lone_surrogates("".join(specials))
+    if len(specials) > MAX_SPECIAL_TOKENS:
+        raise ValueError(
+            f"there are {len(specials)} special tokens; at most {MAX_SPECIAL_TOKENS} are allowed"
+        )
+    require_different("special tokens", specials)
     return specials

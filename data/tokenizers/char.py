@@ -1,17 +1,23 @@
 """One token a character: the vocabulary of small experiments such as the characters of Shakespeare."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
-from .base import END_OF_TEXT, TokenizerBase, field, training_parts
+from .base import END_OF_TEXT, TokenizerBase, require_size, training_parts
+
+
+class Fields(TypedDict):
+    characters: str
 
 
 class CharTokenizer(TokenizerBase):
     """Ids of `characters` in their order, then `<|endoftext|>`. A character that is not among them is a ValueError."""
 
     kind = "char"
+    Fields = Fields
 
     def __init__(self, characters: str) -> None:
+        require_size(len(characters) + 1)
         self._tokens = [*characters, END_OF_TEXT]
         self._ids = {character: i for i, character in enumerate(characters)}
         if len(self._ids) < len(characters):
@@ -43,7 +49,3 @@ class CharTokenizer(TokenizerBase):
 
     def _fields(self) -> dict[str, Any]:
         return {"characters": "".join(self._tokens[:-1])}
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        return cls(field(fields, "characters", str))

@@ -11,13 +11,14 @@ import tempfile
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
-from .base import field
+from ..untrusted import InputError, MissingFile, printable, read_bytes
 from .bpe import BPETokenizer
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
 SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+MAX_BYTES = 1 << 20  # it has 456,318
 NAMES = ("vocab.bpe", hashlib.sha1(URL.encode()).hexdigest())  # the second is what tiktoken's cache calls it
 
 
@@ -27,10 +28,15 @@ def _byte_order() -> bytes:
     return bytes(printable + [b for b in range(256) if b not in printable])
 
 
+class Fields(TypedDict):
+    vocab_bpe: str
+
+
 class GPT2Tokenizer(BPETokenizer):
     """GPT-2's tokenizer from the text of its `vocab.bpe`; ValueError if it is another file's text."""
 
     kind = "gpt2"
+    Fields = Fields
     byte_order = _byte_order()
 
     def __init__(self, vocab_bpe: str) -> None:
@@ -55,21 +61,17 @@ class GPT2Tokenizer(BPETokenizer):
         where = _cache() if folder is None else Path(folder)
         file = next((where / name for name in NAMES if where and (where / name).is_file()), None)
         if file is None and folder is not None:
-            raise FileNotFoundError(f"{where} holds no vocab.bpe of GPT-2: it is published at {URL}")
-        data = file.read_bytes() if file else _download()
+            raise MissingFile(folder, "it holds no vocab.bpe of GPT-2", f"fetch {URL}")
+        data = read_bytes(file, MAX_BYTES, f"fetch {URL}") if file else _download()
         try:
             return cls(data.decode())
         except ValueError:
-            raise ValueError(
-                f"{file or URL} is not GPT-2's vocab.bpe (its sha256 should be {SHA256}): remove it and fetch {URL}"
+            raise InputError(
+                file or URL, f"it is not GPT-2's vocab.bpe, whose sha256 is {SHA256}", f"fetch {URL}"
             ) from None
 
     def _fields(self) -> dict[str, Any]:
         return {"vocab_bpe": self._vocab_bpe}
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        return cls(field(fields, "vocab_bpe", str))
 
 
 def _cache() -> Path | None:
@@ -88,8 +90,7 @@ def _download() -> bytes:
         return read_file_cached(URL, SHA256)
     except (OSError, HTTPException, ValueError) as error:
         raise FileNotFoundError(
-            f"GPT-2's vocabulary is not on this machine and cannot be fetched ({error}). Where there is a network, "
-            f"download {URL} and put the file vocab.bpe (encoder.json may lie beside it) into a folder here; then set "
-            "TIKTOKEN_CACHE_DIR to that folder, or name the tokenizer gpt2:FOLDER. Text of your own needs no vocabulary of "
-            "others: --tokenizer bpe trains one on it"
+            f"GPT-2's vocabulary is not on this machine and cannot be fetched ({printable(error, 80)}). Put {URL} as vocab.bpe "
+            "into a folder here; then set TIKTOKEN_CACHE_DIR to that folder, or name the tokenizer gpt2:FOLDER. Text of your "
+            "own can do without: --tokenizer bpe trains one on it"
         ) from None

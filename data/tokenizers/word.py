@@ -7,9 +7,17 @@ back a text that reads the same, not the same text.
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
-from .base import END_OF_TEXT, MAX_VOCAB_SIZE, TokenizerBase, string_list, training_parts
+from .base import (
+    END_OF_TEXT,
+    MAX_TOKEN,
+    MAX_VOCAB_SIZE,
+    TokenizerBase,
+    require_different,
+    require_size,
+    training_parts,
+)
 
 UNKNOWN = "<unk>"
 UNKNOWN_NAMES = (UNKNOWN, "<|unk|>")
@@ -17,12 +25,19 @@ ITEMS = re.compile(r"""([,.:;?_!"()']|--|\s)""")
 SPACE_BEFORE_MARK = re.compile(r""" ([,.:;?!"()'])""")
 
 
+class Fields(TypedDict):
+    words: list[str]
+
+
 class WordTokenizer(TokenizerBase):
     """Ids of `words` in their order, then `<|endoftext|>`, then `<unk>`, for which `<|unk|>` is read too."""
 
     kind = "word"
+    Fields = Fields
 
     def __init__(self, words: list[str]) -> None:
+        require_size(len(words) + 2)
+        require_different("words", words)
         self._tokens = [*words, END_OF_TEXT, UNKNOWN]
         self._unknown = len(words) + 1
         self._ids = {word: i for i, word in enumerate(words)}
@@ -32,7 +47,7 @@ class WordTokenizer(TokenizerBase):
     def train(cls, texts: Iterable[str], vocab_size: int | None = None) -> Self:
         """Take every different word of the texts in sorted order, or the most frequent ones that `vocab_size` allows.
 
-        Of words that are equally frequent the first in sorted order stay. ValueError if the texts hold no word, or more
+        Of words that are equally frequent the first in sorted order stay; one that is too long for a token is unknown. ValueError if the texts hold no word, or more
         words than ids and no `vocab_size` was given.
         """
         if vocab_size is not None and not 3 <= vocab_size <= MAX_VOCAB_SIZE:
@@ -40,7 +55,7 @@ class WordTokenizer(TokenizerBase):
         counts: Counter[str] = Counter()
         for part in training_parts(texts):
             counts.update(split_items(part))
-        words = sorted(counts.keys() - set(UNKNOWN_NAMES))
+        words = sorted(word for word in counts.keys() - set(UNKNOWN_NAMES) if len(word.encode()) <= MAX_TOKEN)
         if not words:
             raise ValueError("there is no word in the text to make a vocabulary of")
         if vocab_size is not None:
@@ -60,10 +75,6 @@ class WordTokenizer(TokenizerBase):
 
     def _fields(self) -> dict[str, Any]:
         return {"words": self._tokens[:-2]}
-
-    @classmethod
-    def _from_fields(cls, fields: dict[str, Any]) -> Self:
-        return cls(string_list(fields, "words"))
 
 
 def split_items(text: str) -> list[str]:

@@ -1,6 +1,7 @@
 """What all tokenizers promise alike: special tokens, ids, files, names; and what they say to wrong input."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from fusedgpt.data.tokenizers import (
     GPT2Tokenizer,
     Tokenizer,
     WordTokenizer,
+    base,
     load_tokenizer,
     make_tokenizer,
 )
+from fusedgpt.data.untrusted import InputError
 
 TEXTS = ["The cat sat on the mat, and the hat sat on the cat.", "<|endoftext|>A cat! 'Tis the cat's mat.\n"]
 
@@ -87,28 +90,32 @@ def test_the_fingerprint_tells_tokenizers_apart(name: str) -> None:
 
 
 BAD_FILES = {
-    "truncated": (b'{"kind": "bpe", "mer', "damaged or no tokenizer"),
-    "binary": (b"\x80\x00\xff", "damaged or no tokenizer"),
-    "a list": (b"[1, 2]", "not a tokenizer of this program"),
-    "another program's": (b'{"version": "1.0", "model": {}}', "not a tokenizer of this program"),
-    "kind of another type": (b'{"kind": ["bpe"]}', "not a tokenizer of this program"),
+    "truncated": (b'{"kind": "bpe", "mer', "damaged or no JSON"),
+    "binary": (b"\x80\x00\xff", "damaged or no JSON"),
+    "a list": (b"[1, 2]", "Expected `object`"),
+    "another program's": (
+        b'{"version": "1.0", "model": {}}',
+        "missing required field `kind`.*gpt tokenizer train",
+    ),
+    "kind of another type": (b'{"kind": ["bpe"]}', r"Expected `str`.*\$\.kind"),
     "unknown kind": (b'{"kind": "sentence"}', 'kind "sentence".*gpt2, bpe, word, char'),
     "gpt2 with other merges": (
         b'{"kind":"gpt2","vocab_bpe":"#version: 0.2\\na b\\n"}',
         "damaged: .*vocab.bpe",
     ),
-    "gpt2 without merges": (b'{"kind":"gpt2"}', '"vocab_bpe" is missing'),
-    "bpe without merges": (b'{"kind":"bpe","special_tokens":[]}', '"merges" is missing'),
-    "bpe with strings": (b'{"kind":"bpe","special_tokens":[],"merges":["ab"]}', "pairs of ids"),
-    "bpe with floats": (b'{"kind":"bpe","special_tokens":[],"merges":[[1.0,2.0]]}', "pairs of ids"),
+    "gpt2 without merges": (b'{"kind":"gpt2"}', "missing required field `vocab_bpe`"),
+    "bpe without merges": (b'{"kind":"bpe","special_tokens":[]}', "missing required field `merges`"),
+    "bpe with strings": (b'{"kind":"bpe","special_tokens":[],"merges":["ab"]}', r"\$\.merges\[0\]"),
+    "bpe with floats": (b'{"kind":"bpe","special_tokens":[],"merges":[[1.5,2.0]]}', r"\$\.merges\[0\]\[0\]"),
     "bpe ahead of itself": (b'{"kind":"bpe","special_tokens":[],"merges":[[97,256]]}', "does not exist yet"),
     "bpe negative": (b'{"kind":"bpe","special_tokens":[],"merges":[[97,-1]]}', "does not exist yet"),
     "bpe twice": (b'{"kind":"bpe","special_tokens":[],"merges":[[97,98],[97,98]]}', "same bytes"),
-    "bpe's special tokens": (b'{"kind":"bpe","special_tokens":"ab","merges":[]}', '"special_tokens"'),
+    "bpe's special tokens": (b'{"kind":"bpe","special_tokens":"ab","merges":[]}', r"\$\.special_tokens"),
     "words that repeat": (b'{"kind":"word","words":["a","a"]}', "all differ"),
-    "words that are numbers": (b'{"kind":"word","words":[1]}', "strings"),
+    "an empty word": (b'{"kind":"word","words":["a",""]}', "is empty"),
+    "words that are numbers": (b'{"kind":"word","words":[1]}', r"\$\.words\[0\]"),
     "characters that repeat": (b'{"kind":"char","characters":"aba"}', "twice"),
-    "characters in a list": (b'{"kind":"char","characters":["a"]}', '"characters" is missing or not a str'),
+    "characters in a list": (b'{"kind":"char","characters":["a"]}', r"\$\.characters"),
 }
 
 
@@ -125,7 +132,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "none.json", tmp_path / "none", tmp_path / "file" / "tokenizer.json"):
         for load in (load_tokenizer, make_tokenizer, CharTokenizer.load):
-            with pytest.raises(FileNotFoundError, match="no tokenizer at .*" + path.name):
+            with pytest.raises(FileNotFoundError, match=path.name + ".*: there is no such file"):
                 load(path)
 
 
@@ -185,3 +192,54 @@ def test_a_file_called_like_a_kind_is_reached_by_its_path(
     assert make_tokenizer("tok").kind == "char"
     assert make_tokenizer(f"{tmp_path}/bpe").kind == "char"
     assert make_tokenizer("bpe", TEXTS).kind == "bpe"
+
+
+def doubled(count: int) -> list[tuple[int, int]]:
+    """Merges of which each doubles a token: as many bytes as 2 to the power of `count`."""
+    return [(97, 97), *((i, i) for i in range(256, 255 + count))]
+
+
+def many(count: int) -> list[tuple[int, int]]:
+    """Merges that differ, each of a few bytes."""
+    pairs = [(a, b) for a in range(256) for b in range(256)]
+    return pairs[:count]
+
+
+LIMITS = {
+    "doubling merges": ({"kind": "bpe", "special_tokens": [], "merges": doubled(46)}, "131072 bytes"),
+    "long tokens": (
+        {"kind": "bpe", "special_tokens": [], "merges": [*doubled(15), *((i, 270) for i in range(2000))]},
+        "allowed are 65536 and 16777216",
+    ),
+    "more merges than ids": ({"kind": "bpe", "special_tokens": [], "merges": many(65_400)}, "at most 65536"),
+    "many special tokens": (
+        {"kind": "bpe", "special_tokens": [f"<{i}>" for i in range(2000)], "merges": []},
+        "at most 1024",
+    ),
+    "a long special token": ({"kind": "bpe", "special_tokens": ["x" * 65_537], "merges": []}, "65536 bytes"),
+    "more words than ids": ({"kind": "word", "words": [f"{i}" for i in range(65_535)]}, "at most 65536"),
+    "a long word": ({"kind": "word", "words": ["é" * 32_769]}, "65536 bytes"),
+    "more characters than ids": ({"kind": "char", "characters": "a" * 70_000}, "at most 65536"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), LIMITS.values(), ids=LIMITS)
+def test_a_vocabulary_has_limits(fields: dict[str, object], message: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(fields))
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=f"tokenizer.json: .*{message}"):
+            load_tokenizer(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 40 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_trained_stays_within_the_limits(tmp_path: Path) -> None:
+    """A line of a million dashes would make tokens of half a million bytes."""
+    text = "-" * 1_000_000 + " a b"
+    for name, size in (("bpe", 300), ("word", None)):
+        made = make_tokenizer(name, [text], size)
+        made.save(tmp_path)
+        assert load_tokenizer(tmp_path).fingerprint() == made.fingerprint()
+        assert max(len(made.decode([i])) for i in range(made.vocab_size)) <= base.MAX_TOKEN

@@ -179,7 +179,7 @@ def test_special_tokens_of_its_own() -> None:
         "<|x|>": 257,
     }
     for wrong in ("", "\ud800"):
-        with pytest.raises(ValueError, match=r"empty string|lone surrogate"):
+        with pytest.raises(ValueError, match=r"is empty|lone surrogate"):
             BPETokenizer.train(["a"], 300, [wrong])
     with pytest.raises(ValueError, match="outside 259 to 65536"):
         BPETokenizer.train(["a"], 258, ["<|x|>", "<|y|>"])

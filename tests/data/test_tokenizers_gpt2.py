@@ -143,7 +143,6 @@ def test_without_cache_and_network_it_says_what_to_do(
         for hint in (
             gpt2.URL,
             "vocab.bpe",
-            "encoder.json",
             "TIKTOKEN_CACHE_DIR",
             "gpt2:FOLDER",
             "--tokenizer bpe",
@@ -156,5 +155,5 @@ def test_a_folder_without_the_vocabulary_or_with_another_one(tmp_path: Path) -> 
         make_tokenizer(f"gpt2:{tmp_path}")
     for other in (b"#version: 0.2\nh e\n", b"\xff\x00"):
         (tmp_path / "vocab.bpe").write_bytes(other)
-        with pytest.raises(ValueError, match=r"vocab\.bpe is not GPT-2's"):
+        with pytest.raises(ValueError, match=r"vocab\.bpe: it is not GPT-2's"):
             make_tokenizer(f"gpt2:{tmp_path}")
