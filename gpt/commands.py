@@ -326,7 +326,7 @@ class Import:
         model, tokenizer = import_model(self.folder), import_tokenizer(self.folder)
         config = RunConfig(model.config, TrainConfig(tokenizer=tokenizer.kind))
         imported = dict.fromkeys((*asdict(model.config), "tokenizer"), f"import {self.folder}")
-        create_run(self.run, config, model, tokenizer, imported)
+        create_run(self.run, config, tokenizer, imported, model)
         print(f"{self.run}: {model.num_params():,} parameters")
 
 

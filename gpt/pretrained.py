@@ -26,7 +26,7 @@ class Pretrained:
         """The model in a folder, in float32 and evaluation mode on the CPU, with its tokenizer.
 
         Args:
-            folder: a run (its newest checkpoint counts), or a GPT-2 in the format of transformers, as `gpt export` and
+            folder: a run (its newest checkpoint counts) or one of its checkpoints, or a GPT-2 in the format of transformers, as `gpt export` and
                 `save_pretrained` write it.
 
         Raises:
@@ -37,7 +37,7 @@ class Pretrained:
         from .run import load_run
 
         folder = Path(folder)
-        if (folder / "config.toml").is_file():
+        if (folder / "config.toml").is_file() or (folder / "manifest.json").is_file():
             run = load_run(folder)
             model, tokenizer = run.model, run.tokenizer
         elif (folder / "config.json").is_file():

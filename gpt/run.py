@@ -1,35 +1,38 @@
-"""A run on disk: its folder, its checkpoints, and loading them.
+"""A run on disk: its folder, and loading the model in it.
 
 Training, generation, evaluation and export share it.
 
-    config.toml  tokenizer.json  metrics.jsonl  loss_curve.png  samples.txt
-    checkpoints/step-000500/  model.safetensors  optimizer.safetensors  state.json
-
-A checkpoint is written under a temporary name and renamed when complete, so every folder named step-* can be loaded.
-Weights are stored at the vocabulary's true size under the model's own names.
+    config.toml  tokenizer.json  metrics.jsonl  loss_curve.png  samples.txt  checkpoints/
 """
 
-import json
-import os
-import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
+from ..data.files import new_folder
 from ..data.tokenizers import Tokenizer, load_tokenizer
+from ..data.untrusted import InputError
+from .checkpoint import (
+    MANIFEST,
+    MODEL,
+    STATE,
+    State,
+    differences,
+    fill,
+    load_model,
+    load_state,
+    model_tensors,
+    valid_checkpoint,
+    verify,
+    versions,
+    warn_of_skipped,
+)
 from .config import ModelConfig, RunConfig
 from .model import GPT
-from .optim import Optimizers
 from .settings import read_run, require_unused, write_config
-
-_NAME = re.compile(r"step-(\d{6,})")
 
 
 @dataclass
@@ -41,52 +44,70 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     step: int
-    trained_on: int | None
+    trained_on: Any
     """`data.loader.checksum` of its training tokens; None where the run did not train."""
 
 
 def create_run(
-    out: Path, config: RunConfig, model: GPT, tokenizer: Tokenizer, origins: Mapping[str, str]
+    out: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    origins: Mapping[str, str],
+    model: GPT | None = None,
 ) -> None:
-    """Create a run folder from a model: configuration, tokenizer and a checkpoint of step 0.
-
-    Raises:
-        FileExistsError: the folder is not empty.
-    """
-    start_run(out, tokenizer)
-    write_config(out / "config.toml", config, origins)
-    save_checkpoint(out, model, None, {"step": 0}, keep=1)
-
-
-def start_run(out: Path, tokenizer: Tokenizer) -> None:
-    """Create a run folder with its tokenizer.
+    """Create a run folder, whole or not at all: configuration, tokenizer and, of a given model, a checkpoint of step 0.
 
     Raises:
         FileExistsError: the folder is not empty.
     """
     require_unused(out)
-    out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(out / "tokenizer.json")
+    with new_folder(out) as folder:
+        tokenizer.save(folder / "tokenizer.json")
+        write_config(folder / "config.toml", config, origins)
+        if model is not None:
+            first = folder / "checkpoints" / "step-000000"
+            first.mkdir(parents=True)
+            state = State(0, {}, None, [], 0, 0, {}, config.flat(), versions(), tokenizer.fingerprint())
+            fill(first, model_tensors(model), {}, state)
 
 
 def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
-    """Load the newest checkpoint of a run, with its tokenizer and configuration.
+    """Load a run with its tokenizer and configuration, from its newest checkpoint whose files verify.
+
+    Args:
+        path: the run's folder, or that of one of its checkpoints.
+        device: to load the model on.
 
     Raises:
         FileNotFoundError: no such run, or no checkpoint in it.
-        ValueError: a file in it is damaged, or the tokenizer does not fit the model.
+        ValueError: a file in it is damaged, or settings, tokenizer and model do not fit together.
     """
+    path, checkpoint = located(path)
     config = RunConfig.from_flat(read_run(path))
     tokenizer = load_tokenizer(path / "tokenizer.json")
     require_fit(tokenizer, config.model, path)
-    checkpoint = latest_checkpoint(path)
+    if checkpoint is None:
+        checkpoint, skipped = valid_checkpoint(path, (MODEL, STATE))
+        warn_of_skipped(skipped)
+    else:
+        verify(checkpoint, (MODEL, STATE))
     if checkpoint is None:
         raise FileNotFoundError(f"{path} has no checkpoint; train it with: gpt train --resume {path}")
+    state = load_state(checkpoint)
+    if found := differences(state, config, tokenizer.fingerprint()):
+        remedy = f"put back the config.toml and tokenizer.json of {checkpoint.name}"
+        raise InputError(path, f"it does not fit its checkpoint: {', '.join(found)}", remedy)
     with torch.device(device):
         model = GPT(config.model)
     load_model(model, checkpoint)
-    state = read_state(checkpoint)
-    return Run(path, config, tokenizer, model.eval(), state["step"], state.get("loader", {}).get("data"))
+    return Run(path, config, tokenizer, model.eval(), state.step, state.loader.get("data"))
+
+
+def located(path: Path) -> tuple[Path, Path | None]:
+    """The run that a path names, and the checkpoint where it names one of them."""
+    if (path / MANIFEST).is_file():
+        return path.absolute().parent.parent, path
+    return path, None
 
 
 def require_fit(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
@@ -96,119 +117,3 @@ def require_fit(tokenizer: Tokenizer, model: ModelConfig, path: Path) -> None:
             f"{path}: the tokenizer has {tokenizer.vocab_size} tokens but the model {model.vocab_size}; "
             "put back the tokenizer.json that the model was trained with"
         )
-
-
-def latest_checkpoint(path: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
-    found = checkpoints(path)
-    return found[-1] if found else None
-
-
-def checkpoints(path: Path) -> list[Path]:
-    folder = path / "checkpoints"
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
-
-
-def save_checkpoint(
-    path: Path, model: GPT, optimizers: Optimizers | None, state: dict[str, Any], keep: int
-) -> Path:
-    """Write a checkpoint of step state["step"] and remove all but the `keep` newest; returns its folder."""
-    folder = path / "checkpoints" / f"step-{state['step']:06d}"
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_file(model_tensors(model), temporary / "model.safetensors")
-    if optimizers is not None:
-        save_file(_optimizer_tensors(model, optimizers), temporary / "optimizer.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state, indent=1) + "\n")
-    for file in temporary.iterdir():
-        _flush(file)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    _flush(folder.parent)
-    for old in checkpoints(path)[:-keep]:
-        shutil.rmtree(old)
-    return folder
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read the state that `save_checkpoint` wrote."""
-    try:
-        return json.loads((checkpoint / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{checkpoint}/state.json cannot be read ({error}); delete that checkpoint"
-        ) from None
-
-
-def model_tensors(model: GPT) -> dict[str, Tensor]:
-    """Weights by name, at the vocabulary's true size, on the CPU."""
-    padded = {id(table) for table in model.vocabulary_tables()}
-    return {
-        name: (p.detach()[: model.config.vocab_size] if id(p) in padded else p.detach()).cpu().contiguous()
-        for name, p in model.named_parameters()
-    }
-
-
-@torch.no_grad()
-def load_model(model: GPT, checkpoint: Path) -> None:
-    """Copy a checkpoint's weights into a model of the same shape.
-
-    Raises:
-        ValueError: the file is damaged or belongs to another model.
-    """
-    file = checkpoint / "model.safetensors"
-    tensors = _load(file)
-    own = model_tensors(model)
-    if wrong := sorted(tensors.keys() ^ own.keys()):
-        raise ValueError(f"{file} does not fit the run's configuration: {wrong[0]} is in only one of them")
-    for name, p in model.named_parameters():
-        if tensors[name].shape != own[name].shape:
-            raise ValueError(
-                f"{file} does not fit the run's configuration: {name} has shape {tuple(tensors[name].shape)}, "
-                f"not {tuple(own[name].shape)}"
-            )
-        p[: len(tensors[name])] = tensors[name].to(p.device)
-
-
-def load_optimizers(model: GPT, optimizers: Optimizers, checkpoint: Path) -> None:
-    """Restore the optimizer's state; a checkpoint without one (an imported model) leaves it unchanged."""
-    file = checkpoint / "optimizer.safetensors"
-    if not file.exists():
-        return
-    parameters = dict(model.named_parameters())
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in _load(file).items():
-        name, _, part = key.rpartition("|")
-        p = parameters[name]
-        # step counters too: fused AdamW needs them on the parameter's device
-        state.setdefault(id(p), {})[part] = tensor.to(p.device)
-    optimizers.load_state(state)
-
-
-def _optimizer_tensors(model: GPT, optimizers: Optimizers) -> dict[str, Tensor]:
-    state = optimizers.state()
-    return {
-        f"{name}|{part}": tensor.detach().cpu().contiguous()
-        for name, p in model.named_parameters()
-        for part, tensor in state.get(id(p), {}).items()
-    }
-
-
-def _load(file: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{file} cannot be read ({error}); delete that checkpoint to use the one before"
-        ) from None
-
-
-def _flush(path: Path) -> None:
-    """Force a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

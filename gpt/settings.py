@@ -6,7 +6,6 @@ This file does not import torch, so a mistake in the settings is reported at onc
 """
 
 import json
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..data.files import write_file
 from .config import (
     DROPOUTS,
     KEYS,
@@ -192,9 +192,7 @@ def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> N
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             origin = "".join(c if c.isprintable() else "?" for c in origins.get(key, "default"))
             lines.append(f"{f'{key} = {text}':<40}  # from {origin}")
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, "\n".join(lines) + "\n")
 
 
 def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,8 +15,20 @@ from ...data.corpus import open_corpus, split_name
 from ...data.loader import TokenLoader
 from ...data.shards import TokenShards, holds_tokens, stored_tokenizer, token_shards
 from ...data.tokenizers import TRAINED, Tokenizer, load_tokenizer, make_tokenizer
+from ...data.untrusted import InputError
 from ...data.windows import Batch
 from ...kernels import use_backend
+from ..checkpoint import (
+    CheckpointWriter,
+    State,
+    differences,
+    load_model,
+    load_optimizers,
+    load_state,
+    valid_checkpoint,
+    versions,
+    warn_of_skipped,
+)
 from ..config import RunConfig, TrainConfig, full_length
 from ..device import keep_freed_memory, pick_device, pick_dtype, settled_heap
 from ..evaluate import (
@@ -28,19 +40,12 @@ from ..evaluate import (
     validation_batches,
 )
 from ..generate import generate_text
+from ..lock import lock_run
 from ..metrics import MetricsLog, overfitting
 from ..model import GPT
 from ..optim import Optimizers, build_optimizers, lr_factor
 from ..pictures import plot_runs
-from ..run import (
-    latest_checkpoint,
-    load_model,
-    load_optimizers,
-    read_state,
-    require_fit,
-    save_checkpoint,
-    start_run,
-)
+from ..run import create_run, require_fit
 from ..settings import write_config
 from .compilation import compile_step
 from .display import Display, program
@@ -72,6 +77,7 @@ class Session:
     display: Display
     floor: float | None  # the best possible loss in nats a token, where it is known
     signals: list[int]  # Ctrl-C and SIGTERM received
+    writer: CheckpointWriter
 
 
 def train(
@@ -91,10 +97,17 @@ def train(
             `verify` is "strict", or the model fell short of `min_accepted`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the micro-step in flight and a checkpoint of the last finished step.
     """
-    with use_backend(config.train.backend):
-        session = prepare(config, out, resume, origins or {})
+    with use_backend(config.train.backend), ExitStack() as held:
+        session = prepare(config, out, resume, origins or {}, held)
         limits = explained(session.config.model, session.config.train, session.step.device)
-        with collected(session.signals), session.display, closing(session.log), limits, settled_heap():
+        with (
+            collected(session.signals),
+            session.display,
+            closing(session.log),
+            closing(session.writer),
+            limits,
+            settled_heap(),
+        ):
             run_steps(session)
         if session.signals:
             session.display.say(
@@ -104,9 +117,14 @@ def train(
         finish(session)
 
 
-def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, str]) -> Session:
-    """Text to tokens, tokens to batches; model, optimizers and log, new or from the newest checkpoint."""
+def prepare(
+    config: RunConfig, out: Path, resume: bool, origins: Mapping[str, str], held: ExitStack
+) -> Session:
+    """Text to tokens, tokens to batches; model, optimizers and log, new or from the newest checkpoint. `held` gets the
+    lock of the run's folder."""
     require_trackers(config.train)
+    if resume:
+        held.enter_context(lock_run(out))
     display = Display()
     device = pick_device(config.train.device)
     if device.type == "cpu":
@@ -136,22 +154,26 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         with torch.device(device):
             model = GPT(config.model)
         optimizers = build_optimizers(model, config.train)
-    checkpoint = latest_checkpoint(out) if resume else None
-    state: dict[str, Any] = read_state(checkpoint) if checkpoint else {"step": 0}
-    if state["step"] >= config.train.steps:
-        raise ValueError(
-            f"{out} has done its {state['step']:,} steps; go on with --steps and a larger number"
+    checkpoint, skipped = valid_checkpoint(out) if resume else (None, [])
+    warn_of_skipped(skipped)
+    state = load_state(checkpoint) if checkpoint else None
+    start = state.step if state else 0
+    if start >= config.train.steps:
+        raise ValueError(f"{out} has done its {start:,} steps; go on with --steps and a larger number")
+    if state and (wrong := differences(state, config, tokenizer.fingerprint(), loader.state_dict())):
+        raise InputError(
+            out, f"cannot go on: {', '.join(wrong)}", "resume with the same data, seed, model and tokenizer"
         )
     with explained(config.model, config.train, device):
         if checkpoint:
             load_model(model, checkpoint)
             load_optimizers(model, optimizers, checkpoint)
         signals: list[int] = []
-        step = TrainStep(model, optimizers, until(signals, loader), config.train, step=state["step"])
-    if "loader" in state:
-        loader.load_state_dict(state["loader"])
-    if "scaler" in state:
-        step.load_state(state["scaler"])
+        step = TrainStep(model, optimizers, until(signals, loader), config.train, step=start)
+    if state and state.loader:
+        loader.load_state_dict(state.loader)
+    if state and state.scaler:
+        step.load_state(state.scaler)
 
     found = {
         "vocab_size": "the tokenizer",
@@ -160,16 +182,21 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         "steps": "epochs",
     }
     settled = {key: where for key, where in found.items() if given[key] != config.flat()[key]}
-    if not resume:
-        start_run(out, tokenizer)
-    write_config(out / "config.toml", config, {**origins, **settled})
-    log = MetricsLog(out / "metrics.jsonl", state["step"], open_trackers(config, out))
+    if resume:
+        write_config(out / "config.toml", config, {**origins, **settled})
+    else:
+        create_run(out, config, tokenizer, {**origins, **settled})
+        held.enter_context(lock_run(out))
+    keep, every = config.train.keep_checkpoints, config.train.keep_every
+    writer = CheckpointWriter(out, keep, every, config.train.async_save, saved=start if state else None)
+    step.before_update = writer.wait_for_copy
+    log = MetricsLog(out / "metrics.jsonl", start, open_trackers(config, out))
     floor = best_possible(shards.corpus, tokenizer, config.train.eval_windows)
     compiling.join()
     verify(config, device)
-    display.start(config, model, loader, shards, device, state["step"])
+    display.start(config, model, loader, shards, device, start)
     return Session(
-        out, config, shards, model, optimizers, loader, validation, step, log, display, floor, signals
+        out, config, shards, model, optimizers, loader, validation, step, log, display, floor, signals, writer
     )
 
 
@@ -342,12 +369,19 @@ def sample(session: Session) -> str:
 
 def save(session: Session) -> None:
     """Write a checkpoint from which the run goes on exactly as if it had not stopped."""
-    state = {"step": session.step.step, "loader": session.loader.state_dict()}
-    if scaler := session.step.state():
-        state["scaler"] = scaler
-    save_checkpoint(
-        session.out, session.model, session.optimizers, state, session.config.train.keep_checkpoints
+    state = State(
+        session.step.step,
+        session.loader.state_dict(),
+        session.step.state() or None,
+        losses=[],
+        skipped=0,
+        in_row=0,
+        files={},
+        config=session.config.flat(),
+        versions=versions(),
+        tokenizer=session.shards.tokenizer.fingerprint(),
     )
+    session.writer.save(session.model, session.optimizers, state, session.log.history)
 
 
 def finite_mean(losses: list[torch.Tensor], session: Session) -> float:
@@ -359,8 +393,8 @@ def finite_mean(losses: list[torch.Tensor], session: Session) -> float:
     values = [loss for loss in torch.stack(losses).tolist() if math.isfinite(loss)]
     if values:
         return math.fsum(values) / len(values)
-    checkpoint = latest_checkpoint(session.out)
-    back = f"{checkpoint} holds the last good step" if checkpoint else "there is no checkpoint yet"
+    saved = session.writer.saved
+    back = f"the checkpoint of step {saved:,} is the last good one" if saved else "there is no checkpoint yet"
     raise TrainingError(
         f"the loss became {losses[-1].item()} before step {session.step.step}: {back}. A lower --lr (and --muon-lr), more "
         "--warmup-steps or a smaller --grad-clip help; in float16 so does --dtype bfloat16"

@@ -60,6 +60,7 @@ class TrainStep:
         step: int = 0,
     ) -> None:
         self.model, self.optimizers, self.batches, self.config = model, optimizers, batches, config
+        self.before_update: Callable[[], None] = lambda: None  # a copy of the weights may be under way
         self.forward: Callable[..., Tensor] = model  # or the same through torch.compile: `compilation.py`
         self.device = model.wte.weight.device
         self.dtype = DTYPES[config.dtype]
@@ -100,6 +101,7 @@ class TrainStep:
                 self.abandon(done)
                 raise
             self.run(self.micro_step, *batch)
+        self.before_update()
         self.run(self.update)
         self.step += 1
         loss, norm = self.result.clone()

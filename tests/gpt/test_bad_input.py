@@ -43,7 +43,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer = CharTokenizer.train([TEXT])
         shape = ModelConfig(tokenizer.vocab_size, context_length=16, n_layer=1, n_head=2, n_embd=16)
         config = RunConfig(shape, TrainConfig(data="text.txt", tokenizer="char"))
-        create_run(Path("runs/tiny"), config, GPT(shape), tokenizer, {})
+        create_run(Path("runs/tiny"), config, tokenizer, {}, GPT(shape))
         other = CharTokenizer.train(["quite another alphabet: 0123456789"])
         for name in ("tokenizer", "weights", "config", "unsaved"):
             shutil.copytree("runs/tiny", f"runs/bad-{name}")
@@ -156,8 +156,14 @@ CASES = {
         "train --resume runs/tiny --data shards-range --device cpu",
         ["shards-range", "tokenizer"],
     ),
-    "truncated checkpoint": ("generate runs/bad-weights", ["model.safetensors", "delete that checkpoint"]),
-    "checkpoint of another model": ("generate runs/bad-config", ["model.safetensors", "shape"]),
+    "truncated checkpoint": (
+        "generate runs/bad-weights",
+        ["model.safetensors", "its only checkpoint is damaged", "copy"],
+    ),
+    "checkpoint of another model": (
+        "generate runs/bad-config",
+        ["step-000000", "n_embd = 32 instead of 16", "config.toml"],
+    ),
     "another model when resuming": (
         "train --resume runs/tiny --n-embd 32",
         ["n_embd = 32", "runs/tiny", "16"],
@@ -195,13 +201,19 @@ CASES = {
     "import folder in use": ("import hf runs/tiny", ["runs/tiny: output folder in use"]),
     "import of nothing": ("import nil runs/new", ["nil"]),
     "import of a run": ("import runs/tiny runs/new", ["runs/tiny", "config.json"]),
-    "export to a format of others": ("export runs/bad-config out", ["model.safetensors", "shape"]),
+    "export to a format of others": (
+        "export runs/bad-config out",
+        ["step-000000", "n_embd = 32 instead of 16", "config.toml"],
+    ),
 }
 
 
 def contents(folder: Path) -> dict[str, bytes | None]:
+    """Every file and folder but the locks of runs, which stay behind."""
     return {
-        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+        if p.name != ".lock"
     }
 
 

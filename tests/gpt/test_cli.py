@@ -63,7 +63,7 @@ def run() -> str:
     tokenizer = CharTokenizer.train([TEXT])
     shape = ModelConfig(tokenizer.vocab_size, context_length=16, n_layer=1, n_head=2, n_embd=16)
     config = RunConfig(shape, TrainConfig(data="text.txt", tokenizer="char"))
-    create_run(Path("runs/tiny"), config, GPT(shape), tokenizer, {})
+    create_run(Path("runs/tiny"), config, tokenizer, {}, GPT(shape))
     return "runs/tiny"
 
 

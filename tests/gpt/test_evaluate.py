@@ -86,7 +86,7 @@ def test_a_run_is_evaluated_on_a_file_in_bits_per_byte(model, tokenizer, tmp_pat
     monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
     text = " ".join(validation_tales(4))  # longer than the context
     (tmp_path / "text.txt").write_text(text)
-    create_run(tmp_path / "run", RunConfig(model.config, TrainConfig(dtype="float32")), model, tokenizer, {})
+    create_run(tmp_path / "run", RunConfig(model.config, TrainConfig(dtype="float32")), tokenizer, {}, model)
     evaluate_run(tmp_path / "run", str(tmp_path / "text.txt"), "cpu")
     printed = capsys.readouterr().out
     ids = torch.tensor(tokenizer.encode(text))

@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         for p in model.parameters():
             p.normal_(0.0, 0.3)
         model.wte.weight[shape.vocab_size :] = 0.0
-    create_run(folder / "run", RunConfig(shape, TrainConfig(tokenizer="bpe")), model, tokenizer, {})
+    create_run(folder / "run", RunConfig(shape, TrainConfig(tokenizer="bpe")), tokenizer, {}, model)
     export_model(model, tokenizer, folder / "hf")
     return folder / "run", folder / "hf"
 

@@ -16,12 +16,13 @@ from fusedgpt.data.corpus import open_corpus
 from fusedgpt.data.documents import document_batches
 from fusedgpt.data.shards import tokenize
 from fusedgpt.data.tokenizers import make_tokenizer
+from fusedgpt.gpt.checkpoint import checkpoints, model_tensors
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.evaluate import CorpusReport, evaluate_run, mean_loss
 from fusedgpt.gpt.metrics import read_metrics
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
-from fusedgpt.gpt.run import checkpoints, load_run, model_tensors
+from fusedgpt.gpt.run import load_run
 from fusedgpt.gpt.settings import resolve
 from fusedgpt.gpt.train import loop
 from fusedgpt.gpt.train import step as step_module
@@ -74,6 +75,7 @@ def test_a_run_learns_and_leaves_what_the_design_lists(config, tmp_path):
         "loss_curve.png",
         "samples.txt",
         "checkpoints",
+        ".lock",
     }
     evaluations = [record for record in read_metrics(run / "metrics.jsonl") if "val_loss" in record]
     assert [record["step"] for record in evaluations] == list(range(0, 61, 6))
@@ -321,12 +323,15 @@ def test_a_half_written_checkpoint_does_not_count(config, tmp_path):
     assert load_run(run).step == 12
 
 
-def test_damaged_files_are_named(config, tmp_path):
+def test_damaged_files_are_named(config, tmp_path, capsys):
     run = tmp_path / "run"
     train(config, run)
-    file = checkpoints(run)[-1] / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+    for checkpoint in reversed(checkpoints(run)):
+        assert load_run(run).step == int(checkpoint.name[5:])
+        file = checkpoint / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:100])
+    assert "warning: step-000012 is skipped: model.safetensors: it has 100 bytes" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"all of its 2 checkpoints are damaged \(step-000012, model"):
         load_run(run)
     (run / "tokenizer.json").write_text(json.dumps({"kind": "char", "characters": "ab"}))
     with pytest.raises(ValueError, match="tokenizer"):
