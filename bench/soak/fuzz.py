@@ -1,0 +1,370 @@
+"""Mutated files and command lines, and what the program may do with them: take them, or refuse them in one line of its own.
+
+Forked workers call the readers in one process each, thousands of times. An input is known by its target and a number, from
+which everything about it is drawn. What counts as a failure is in `judge`.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+
+import torch
+
+from ...data import corpus
+from ...gpt.cli import main
+from .judge import MEMORY, Call, Result, judge, limit_time, quiet, status
+from .mutate import WORDS, mutate, mutate_words
+from .targets import TARGETS, Target, make_world, warm
+
+BLOCKED = 60.0  # seconds for one input, after which a worker is killed
+LONG_AGO = 1_600_000_000  # seconds since 1970
+SCHEDULE = [target for target in TARGETS for _ in range(target.weight)]
+
+
+@dataclass
+class Failure:
+    """What went wrong, how often, and the first input that shows it, as --replay takes it."""
+
+    what: str
+    inputs: int
+    first: str
+
+
+@dataclass
+class FuzzReport:
+    """Inputs of every target by their outcome ("accepted", "refused", "failed"), and the failures by what they are."""
+
+    counts: dict[str, Counter[str]] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> int:
+        return sum(sum(counts.values()) for counts in self.counts.values())
+
+    def add(self, target: str, number: int, outcome: str, what: str) -> None:
+        self.counts.setdefault(target, Counter())[outcome] += 1
+        if what:
+            self.failures.setdefault(what, Failure(what, 0, f"{target}:{number}")).inputs += 1
+
+    def lines(self) -> Iterator[str]:
+        """A table, then a line a failure."""
+        yield f"{'target':<24}{'inputs':>8}{'accepted':>10}{'refused':>10}{'failed':>8}"
+        for target, counts in sorted(self.counts.items()):
+            cells = (sum(counts.values()), counts["accepted"], counts["refused"], counts["failed"])
+            yield "{:<24}{:>8,}{:>10,}{:>10,}{:>8,}".format(target, *cells)
+        for failure in sorted(self.failures.values(), key=lambda failure: -failure.inputs):
+            yield f"{failure.inputs:>7,}  {failure.what}  (--replay {failure.first})"
+
+
+def run(
+    inputs: int,
+    seed: int,
+    processes: int,
+    progress: Callable[[int], object] = lambda done: None,
+    targets: Sequence[Target] = SCHEDULE,
+) -> FuzzReport:
+    """Try inputs number seed · 10⁹, seed · 10⁹ + 1, ... on the targets in turn.
+
+    Args:
+        inputs: how many.
+        seed: of them.
+        processes: workers.
+        progress: called with the number of inputs done, now and then.
+        targets: one for each number; the list starts over at its end.
+    """
+    report, first = FuzzReport(), seed * 10**9
+    with _place() as place:
+        shares = [list(range(first + i, first + inputs, processes)) for i in range(processes)]
+        workers = {}
+        for share in shares:
+            worker = _Worker(place, share, targets)
+            workers[worker.connection] = worker
+        done = 0
+        while workers:
+            for connection in [c for c in workers if c in wait(list(workers), 1.0) or workers[c].blocked]:
+                worker = workers[connection]
+                for number, outcome, what in worker.results():
+                    report.add(targets[number % len(targets)].name, number, outcome, what)
+                    done += 1
+                if worker.ended:
+                    del workers[connection]
+                    if worker.left:
+                        worker = _Worker(place, worker.left, targets)
+                        workers[worker.connection] = worker
+            progress(done)
+    return report
+
+
+def replay(which: str, targets: Sequence[Target] = TARGETS) -> str:
+    """Try one input, TARGET:NUMBER, again; returns what came of it, with the traceback and the output."""
+    name, _, number = which.rpartition(":")
+    target = next((target for target in targets if target.name == name), None)
+    if target is None or not number.isdecimal():
+        raise ValueError(f"--replay {which}: it takes TARGET:NUMBER, as the table of failures shows it")
+    with _place() as place:
+        parent, child = _FORK.Pipe()
+
+        def work() -> None:
+            with quiet():
+                result = _World(place / "pristine", place / "replayed").attempt(target, int(number))
+            child.send((f"{result.outcome} {result.what}", result.detail))
+
+        process = _FORK.Process(target=work)
+        process.start()
+        child.close()
+        try:
+            text = "\n".join(parent.recv())
+        except EOFError:
+            process.join()
+            text = f"the process ended with exit code {process.exitcode}"
+        process.join()
+    return text
+
+
+# ---- workers
+
+_FORK = multiprocessing.get_context("fork")
+
+
+@contextlib.contextmanager
+def _place() -> Iterator[Path]:
+    """A folder in memory with the world in it, in its folder `pristine`."""
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401  # once, not in every worker
+
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=memory if memory.is_dir() else None) as name:
+        place = Path(name)
+        process = _FORK.Process(target=_make_pristine, args=(place / "pristine",))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise RuntimeError("the files to mutate could not be made; the message is above")
+        yield place
+
+
+def _make_pristine(folder: Path) -> None:
+    _surroundings(folder)
+    with quiet() as (out, err):
+        try:
+            make_world(folder / "world")
+        except BaseException:
+            print(out.getvalue() + err.getvalue(), file=sys.__stderr__)
+            raise
+
+
+def _surroundings(folder: Path) -> None:
+    """The environment of everything that runs in a copy of the world: its own cache and home, no network, one thread."""
+    os.environ["FUSEDGPT_CACHE"] = str(folder / "world/cache")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder / "world/tiktoken")
+    os.environ["HOME"] = str(folder / "home")
+    os.environ["COLUMNS"] = "200"
+    for name in ("http_proxy", "https_proxy"):
+        os.environ[name] = "http://127.0.0.1:9"
+    corpus.TALES_TRAIN, corpus.TALES_VAL = 20, 5  # a mutation may ask for them; 20,000 take 3 s
+    torch.set_num_threads(1)
+
+
+class _Worker:
+    """A process that tries inputs in order and sends what came of each."""
+
+    def __init__(self, place: Path, numbers: list[int], targets: Sequence[Target]) -> None:
+        self.left, self.targets = numbers, targets
+        self.connection, child = _FORK.Pipe(duplex=False)
+        folder = Path(tempfile.mkdtemp(dir=place))
+        self.process = _FORK.Process(target=_work, args=(place / "pristine", folder, numbers, targets, child))
+        self.process.start()
+        child.close()
+        self.heard = time.monotonic()
+        self.ended = False
+
+    @property
+    def blocked(self) -> bool:
+        return time.monotonic() - self.heard > BLOCKED
+
+    def results(self) -> Iterator[tuple[int, str, str]]:
+        """What has come since the last call; for a process that died, that it did, at the input that it was at."""
+        dead = ""
+        if self.blocked:
+            self.process.kill()
+            dead = f"blocked for {BLOCKED:.0f} s"
+        with contextlib.suppress(EOFError):
+            while self.connection.poll():
+                result = self.connection.recv()
+                self.heard = time.monotonic()
+                self.left = self.left[1:]
+                yield result
+            if not dead:
+                return
+        self.process.join()
+        self.ended = True
+        if self.left:
+            number, *self.left = self.left
+            yield number, "failed", dead or f"the process died: {_cause(self.process.exitcode)}"
+
+
+def _cause(code: int | None) -> str:
+    return signal.Signals(-code).name if code and code < 0 else f"exit code {code}"
+
+
+def _work(
+    pristine: Path, folder: Path, numbers: list[int], targets: Sequence[Target], out: Connection
+) -> None:
+    with quiet():
+        world = _World(pristine, folder / "copy")
+        for number in numbers:
+            result = world.attempt(targets[number % len(targets)], number)
+            out.send((number, result.outcome, result.what))
+
+
+# ---- one input
+
+
+_Scan = dict[str, tuple[int, int] | str]
+
+
+class _World:
+    """A copy of the world, which every attempt leaves as it was."""
+
+    def __init__(self, pristine: Path, folder: Path) -> None:
+        _surroundings(folder)
+        self.root = folder
+        shutil.copytree(pristine, folder)
+        os.chdir(folder / "world")
+        self._settle()
+        ctypes.CDLL(None).mallopt(
+            -8, 1
+        )  # M_ARENA_MAX: one more for each thread takes address space of which there is a limit
+        limit = status("VmSize") + 4 * MEMORY
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        limit_time()
+
+    def attempt(self, target: Target, number: int) -> Result:
+        """Mutate the target's file, or its command line; call; judge; put everything back."""
+        draw = random.Random(f"{target.name}:{number}")
+        before, names = self.files, Path().parts
+        if target.words:
+            words = mutate_words(target.words, draw)
+            target = replace(target, call=lambda: main(words))
+        else:
+            found = sorted(
+                name
+                for path in Path().glob(target.file)
+                if (name := f"world/{path}") in self.bytes and path.suffix != ".png"
+            )
+            if not found:  # this state of the program writes no such file
+                return Result("accepted")
+            name = draw.choice(found)
+            names = Path(name).parts[1:]
+            before = self._mutate(name, target.form, draw)
+        call = Call(target.call)
+        after = self._scan()
+        writes = () if call.error else target.writes
+        own = ["world/cache", *(f"world/{name}" for name in writes)]
+        result = judge(call, names, _differences(before, after), own)
+        self._restore(after)
+        if target.name.startswith("cached"):
+            self._settle()
+        return result
+
+    def _settle(self) -> None:
+        """Fill the cache with notes, which hold for these very files, and take what is here now for what shall stay."""
+        warm()
+        for path in self.root.rglob("*"):
+            if path.is_file():
+                os.utime(path, (LONG_AGO, LONG_AGO))
+        self.files = self._scan()
+        self.bytes = {
+            name: (self.root / name).read_bytes() for name, kept in self.files.items() if kept != "/"
+        }
+
+    def _mutate(self, name: str, form: str, draw: random.Random) -> _Scan:
+        """Change a file, or what stands in its place; returns what `_scan` would now."""
+        path, data, others = self.root / name, self.bytes[name], list(self.bytes.values())
+        form = _FORMS.get(path.suffix, "bytes") if form == "any" else form
+        data = mutate(data, form, draw, others)
+        kind = draw.randrange(100)
+        if kind < 4:
+            path.unlink()
+        if kind == 1:
+            path.mkdir()
+        elif kind == 2:
+            path.symlink_to(self.root / "outside/other.safetensors")
+        elif kind == 3:
+            word = draw.choice(
+                [word for word in WORDS if "/" not in word and "\0" not in word and word != "\ud800"]
+            )
+            path = path.with_name(f"{word[:80]}{path.name}")
+        if kind > 2:
+            path.write_bytes(data)
+        changed = {one: self._see(one) for one in (name, str(path.relative_to(self.root)))}
+        return {one: seen for one, seen in {**self.files, **changed}.items() if seen}
+
+    def _see(self, name: str) -> tuple[int, int] | str:
+        """The size and time of a file, "/" for a folder, where a link leads, "" for nothing.
+
+        Files that nobody has written are from long ago, so a time tells more than a clock's resolution would.
+        """
+        path = self.root / name
+        if path.is_symlink():
+            return f"link to {os.readlink(path)}"
+        if path.is_dir():
+            return "/"
+        return (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else ""
+
+    def _scan(self) -> _Scan:
+        """Everything in the folder, as `_see` sees it."""
+        found: _Scan = {}
+        waiting = [str(self.root)]
+        skip = len(waiting[0]) + 1
+        while waiting:
+            with os.scandir(waiting.pop()) as entries:
+                for entry in entries:
+                    name = entry.path[skip:]
+                    if entry.is_file(follow_symlinks=False):
+                        stat = entry.stat()
+                        found[name] = (stat.st_size, stat.st_mtime_ns)
+                    else:
+                        found[name] = self._see(name)
+                    if found[name] == "/":
+                        waiting.append(entry.path)
+        return found
+
+    def _restore(self, now: _Scan) -> None:
+        wrong = sorted(_differences(self.files, now))
+        for name in reversed(wrong):  # what is in a folder comes before it
+            path = self.root / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+        for name in wrong:
+            path = self.root / name
+            if self.files.get(name) == "/":
+                path.mkdir(exist_ok=True)
+            elif name in self.files:
+                path.write_bytes(self.bytes[name])
+                os.utime(path, (LONG_AGO, LONG_AGO))
+
+
+_FORMS = {
+    **{".json": "json", ".jsonl": "jsonl", ".toml": "toml", ".txt": "text", ".bpe": "text", ".bin": "shard"},
+    **{".safetensors": "safetensors", ".parquet": "parquet"},
+}
+
+
+def _differences(before: _Scan, after: _Scan) -> list[str]:
+    return [name for name in {**before, **after} if before.get(name) != after.get(name)]

@@ -1,0 +1,250 @@
+"""What the fuzzer feeds: the files that the program reads, made by itself with a tiny model, and who reads each.
+
+`make_world` writes them; every call runs with that folder as the working folder.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ...data.corpus import open_corpus
+from ...data.loader import TokenLoader
+from ...data.shards import stored_tokenizer, token_shards
+from ...data.tokenizers import END_OF_TEXT, load_tokenizer, make_tokenizer
+from ...data.windows import EvalWindows
+from ...gpt import huggingface, settings, verdicts
+from ...gpt.cli import main
+from ...gpt.doctor import facts
+from ...gpt.metrics import overfitting, read_metrics
+from ...gpt.run import load_run
+from ...gpt.train.loop import prepare
+
+TEXT = (
+    "the cat sat on the mat, and the dog lay by the door. it rained until noon! then the sun came out.\n" * 12
+)
+RUN, HF, SHARDED, SHARDS = "tiny-run", "tiny-hf", "tiny-sharded", "tiny-shards"
+SHAPE = "--n-layer 1 --n-head 2 --n-embd 8 --context-length 8 --batch-size 2 --warmup-steps 1 --eval-windows 2 --sample-tokens 4"
+TRAIN = f"train --preset small --device cpu --data tiny.txt --tokenizer tiny-bpe.json {SHAPE}"
+TRAIN += " --steps 4 --save-interval 2 --eval-interval 2 --log-interval 1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file that the program reads, or a command line.
+
+    Args:
+        name: of the target.
+        file: the mutated file, a pattern in the world; "": `words` are mutated instead.
+        form: the format of the file, see `mutate.py`.
+        call: reads it.
+        words: the command line to mutate.
+        writes: beginnings of the names of what a call that succeeds may create or change.
+        weight: how often the target is drawn.
+    """
+
+    name: str
+    file: str
+    form: str
+    call: Callable[[], Any]
+    words: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    weight: int = 1
+
+
+def gpt(line: str) -> Callable[[], int]:
+    """A call of the command line."""
+    return lambda: main(line.split())
+
+
+def make_world(folder: Path) -> None:
+    """Write the files; the working folder is `folder` then."""
+    folder.mkdir(parents=True)
+    os.chdir(folder)
+    Path("../outside").mkdir()
+    Path("tiny.txt").write_text(TEXT)
+    lines = TEXT.splitlines()
+    Path("tiny.jsonl").write_text(
+        "".join(json.dumps({"text": line, "id": i}) + "\n" for i, line in enumerate(lines))
+    )
+    for kind in ("bpe", "word", "char"):
+        size = "" if kind == "char" else " --vocab-size 290"
+        _run(f"tokenizer train tiny.txt --kind {kind} --out tiny-{kind}.json{size}")
+    _run(f"{TRAIN} --out {RUN}")
+    _run(f"export {RUN} {HF}")
+    _run(f"tokenize tiny.txt --tokenizer word --out {SHARDS}")
+    shutil.copytree(HF, SHARDED)
+    tensors = load_file(f"{HF}/model.safetensors")
+    Path(SHARDED, "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {f"model-{i}.safetensors": names[i::2] for i in (0, 1)}
+    for file, held in parts.items():
+        save_file({name: tensors[name] for name in held}, Path(SHARDED, file))
+    index = {
+        "metadata": {"total_size": 1},
+        "weight_map": {name: file for file, held in parts.items() for name in held},
+    }
+    Path(SHARDED, "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+    for foreign in ("tiny-merges", "tiny-foreign"):
+        shutil.copytree(HF, foreign)
+        Path(foreign, "fusedgpt-tokenizer.json").unlink()
+    Path("tiny-foreign/tokenizer_config.json").unlink()
+    Path("tiny-merges/merges.txt").write_text("#version: 0.2\nt h\nth e\nĠ the\n")
+    Path("settings.toml").write_text(Path(RUN, "config.toml").read_text())
+    Path("tiny-vocabulary").mkdir()
+    Path("tiny-vocabulary/vocab.bpe").write_text("#version: 0.2\nt h\nth e\n")
+    Path("tiny-gpt2.json").write_text(json.dumps({"kind": "gpt2", "vocab_bpe": "#version: 0.2\nt h\n"}))
+    save_file(tensors, "../outside/other.safetensors")
+    verdicts.write_verdicts(
+        torch.device("cpu"), {"attention gpt2 float32": "", "layer_norm": "its error is 3.1"}
+    )
+    Path("cached").mkdir()
+    shutil.copy("tiny.txt", "cached/text.txt")
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        return
+    pq.write_table(pa.table({"text": lines, "id": list(range(len(lines)))}), "tiny.parquet")
+
+
+def warm() -> None:
+    """Fill the cache with notes about files, which hold for these very files and no copies of them."""
+    _cached()
+    token_shards("tiny.txt", load_tokenizer(RUN))
+
+
+def _run(line: str) -> None:
+    if code := main(line.split()):
+        raise RuntimeError(f"gpt {line} ended with exit code {code}")
+
+
+# ---- readers of the library
+
+
+def _tokenizer(name: str) -> Callable[[], Any]:
+    def call() -> None:
+        tokenizer = load_tokenizer(name)
+        try:
+            ids = tokenizer.encode_ordinary("the cat")
+        except ValueError:  # a char tokenizer may lack a character
+            ids = []
+        tokenizer.decode([*ids, 0, tokenizer.end_of_text])
+        tokenizer.encode(END_OF_TEXT, allowed_special="all")
+
+    return call
+
+
+def _texts(name: str) -> Callable[[], Any]:
+    def call() -> None:
+        corpus = open_corpus(name)
+        for text in chain(corpus.train_texts(), corpus.val_texts()):
+            text.encode()
+
+    return call
+
+
+def _read_data(source: str, tokenizer: str | None = None) -> None:
+    shards = token_shards(source, make_tokenizer(tokenizer) if tokenizer else stored_tokenizer(source))
+    for _ in islice(TokenLoader(shards.train, 4, 2), 3):
+        pass
+    for _ in EvalWindows(shards.val, 4, 2, 3):
+        pass
+
+
+def _cached() -> None:
+    _read_data("cached/text.txt", "tiny-word.json")
+
+
+def _import(folder: str) -> Callable[[], Any]:
+    return lambda: (huggingface.import_model(folder), huggingface.import_tokenizer(folder))
+
+
+def _resume() -> None:
+    chosen = settings.resolve({"steps": 6}, resume=Path(RUN))
+    session = prepare(chosen.config, chosen.out, True, chosen.origins)
+    with closing(session.log):
+        session.step()  # with the state that was loaded
+
+
+def _metrics() -> None:
+    overfitting(read_metrics(Path(RUN, "metrics.jsonl")))
+
+
+def _settings() -> None:
+    settings.resolve({}, file=Path("settings.toml"), out=Path("new"))
+
+
+# ---- the table
+
+STEP = f"{RUN}/checkpoints/step-*"
+ANY = f"{RUN}/**/*[a-z]"
+TARGETS = [
+    *(Target(f"tokenizer-{kind}", f"tiny-{kind}.json", "json", _tokenizer(f"tiny-{kind}.json"), weight=3) for kind in ("bpe", "word", "char", "gpt2")),
+    Target("vocabulary", "tiny-vocabulary/vocab.bpe", "text", lambda: make_tokenizer("gpt2:tiny-vocabulary")),
+    Target("hf-config", f"{HF}/config.json", "json", _import(HF), weight=4),
+    Target("hf-weights", f"{HF}/model.safetensors", "safetensors", _import(HF), weight=4),
+    Target("hf-own-tokenizer", f"{HF}/fusedgpt-tokenizer.json", "json", _import(HF), weight=2),
+    Target("hf-index", f"{SHARDED}/model.safetensors.index.json", "json", _import(SHARDED), weight=4),
+    Target("hf-part", f"{SHARDED}/model-1.safetensors", "safetensors", _import(SHARDED), weight=3),
+    Target("hf-tokenizer", "tiny-foreign/tokenizer.json", "json", _import("tiny-foreign"), weight=3),
+    Target("hf-merges", "tiny-merges/merges.txt", "text", _import("tiny-merges")),
+    Target("run-config", f"{RUN}/config.toml", "toml", lambda: load_run(Path(RUN)), weight=4),
+    Target("run-tokenizer", f"{RUN}/tokenizer.json", "json", lambda: load_run(Path(RUN)), weight=2),
+    Target("run-state", f"{STEP}/state.json", "json", lambda: load_run(Path(RUN)), weight=3),
+    Target("run-weights", f"{STEP}/model.safetensors", "safetensors", lambda: load_run(Path(RUN)), weight=3),
+    Target("run-manifest", f"{STEP}/manifest.json", "json", lambda: load_run(Path(RUN)), weight=3),
+    Target("resume-state", f"{STEP}/state.json", "json", _resume, writes=(RUN,), weight=3),
+    Target("resume-weights", f"{STEP}/model.safetensors", "safetensors", _resume, writes=(RUN,), weight=2),
+    Target("resume-optimizer", f"{STEP}/optimizer.safetensors", "safetensors", _resume, writes=(RUN,), weight=4),
+    Target("resume-manifest", f"{STEP}/manifest.json", "json", _resume, writes=(RUN,), weight=2),
+    Target("resume-metrics", f"{RUN}/metrics.jsonl", "jsonl", _resume, writes=(RUN,), weight=3),
+    Target("resume-config", f"{RUN}/config.toml", "toml", _resume, writes=(RUN,), weight=2),
+    Target("metrics", f"{RUN}/metrics.jsonl", "jsonl", _metrics, weight=3),
+    Target("settings", "settings.toml", "toml", _settings, weight=4),
+    Target("txt", "tiny.txt", "text", _texts("tiny.txt"), weight=2),
+    Target("jsonl", "tiny.jsonl", "jsonl", _texts("tiny.jsonl"), weight=2),
+    Target("parquet", "tiny.parquet", "parquet", _texts("tiny.parquet"), weight=3),
+    Target("shard", f"{SHARDS}/*.bin", "shard", lambda: _read_data(SHARDS), weight=3),
+    Target("shards-meta", f"{SHARDS}/meta.json", "json", lambda: _read_data(SHARDS), weight=2),
+    Target("shards-tokenizer", f"{SHARDS}/tokenizer.json", "json", lambda: _read_data(SHARDS), weight=2),
+    Target("cached-shard", "cache/tokens/text-*/*.bin", "shard", _cached),
+    Target("cached-meta", "cache/tokens/text-*/meta.json", "json", _cached),
+    Target("cached-tokenizer", "cache/tokens/text-*/tokenizer.json", "json", _cached),
+    Target("cached-note", "cache/largest_token/*", "text", _cached),
+    Target("verdicts", "cache/verified/*", "json", lambda: print(*facts(torch.device("cpu"))), weight=2),
+    # the same through the command line
+    Target("gpt-generate", ANY, "any", gpt(f"generate {RUN} --max-tokens 5 --seed 1"), weight=3),
+    Target("gpt-evaluate", ANY, "any", gpt(f"evaluate {RUN}")),
+    Target("gpt-evaluate-shards", f"{SHARDS}/*", "any", gpt(f"evaluate {RUN} --data {SHARDS}")),
+    Target("gpt-resume", ANY, "any", gpt(f"train --resume {RUN} --steps 4 --epochs 0 --sample-tokens 4 --eval-windows 2"), writes=(RUN,)),
+    Target("gpt-export", ANY, "any", gpt(f"export {RUN} new"), writes=("new",), weight=2),
+    Target("gpt-import", f"{HF}/*", "any", gpt(f"import {HF} new"), writes=("new",), weight=2),
+    Target("gpt-import-parts", f"{SHARDED}/*", "any", gpt(f"import {SHARDED} new"), writes=("new",), weight=2),
+    Target("gpt-tokenize", "tiny.*", "any", gpt("tokenize tiny.txt --tokenizer tiny-bpe.json --out new"), writes=("new",)),
+    Target("gpt-tokenize-parquet", "tiny.parquet", "parquet", gpt("tokenize tiny.parquet --tokenizer word --out new"), writes=("new",)),
+    Target("gpt-tokenize-jsonl", "tiny.jsonl", "jsonl", gpt("tokenize tiny.jsonl --tokenizer bpe --vocab-size 270 --out new"), writes=("new",)),
+    Target("gpt-tokenizer", "tiny.jsonl", "jsonl", gpt("tokenizer train tiny.jsonl --kind word --out new"), writes=("new",)),
+    Target("gpt-train", "settings.toml", "toml", gpt("train --config settings.toml --help")),
+    # command lines
+    *(
+        Target(f"words-{line.split()[0]}", "", "", gpt(""), tuple(line.split()), writes)
+        for line, writes in (
+            (f"generate {RUN} --max-tokens=3 --top-k 5 --top-p 0.5 --temperature 0.8 --stop x --seed 1 --prompt the", ()),
+            (f"evaluate {RUN} --data tiny.txt --device cpu", ()),
+            ("tokenize tiny.txt --tokenizer bpe --vocab-size 270 --val-fraction 0.2 --out new", ("",)),
+            ("tokenizer train tiny.txt --vocab-size 270 --kind bpe --out new", ("",)),
+            (f"plot {RUN} --out new", ("",)),
+            (f"import {HF} new", ("",)),
+            (f"export {RUN} new --format hf", ("",)),
+        )
+    ),
+]  # fmt: skip
