@@ -41,8 +41,8 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     step: int
-    trained_on: int | None
-    """`data.loader.checksum` of its training tokens; None where the run did not train."""
+    trained_on: str | None
+    """`data.token_file.checksum` of its training tokens; None where the run did not train."""
 
 
 def create_run(

@@ -125,6 +125,7 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         config.train.seed,
         device=device,
         document_start=tokenizer.end_of_text if config.train.align_documents else None,
+        validation=shards.val,
     )
     if config.train.epochs:
         steps = math.ceil(config.train.epochs * loader.n_windows / config.train.batch_size)
@@ -149,7 +150,7 @@ def prepare(config: RunConfig, out: Path, resume: bool, origins: Mapping[str, st
         signals: list[int] = []
         step = TrainStep(model, optimizers, until(signals, loader), config.train, step=state["step"])
     if "loader" in state:
-        loader.load_state_dict(state["loader"])
+        loader.load_state_dict(state["loader"], origin=out)
     if "scaler" in state:
         step.load_state(state["scaler"])
 
