@@ -44,8 +44,8 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     step: int
-    trained_on: Any
-    """`data.loader.checksum` of its training tokens; None where the run did not train."""
+    trained_on: str | None
+    """`data.token_file.checksum` of its training tokens; None where the run did not train."""
 
 
 def create_run(
