@@ -15,7 +15,7 @@ PYTHON := .venv/bin/python
 prepare := @python3 tools/setup_env.py
 endif
 
-.PHONY: help train test check bench gpu kernels-report emulate clean
+.PHONY: help train test check bench gpu kernels-report emulate soak clean
 
 help:
 	@echo 'make train   train a small GPT on the embedded corpus into runs/tales; about two minutes on two CPU cores'
@@ -25,6 +25,7 @@ help:
 	@echo 'make gpu     on a machine with a GPU: parity, tests, sanitizer and timings into bench/results; within eight minutes'
 	@echo 'make kernels-report  compile every kernel for four architectures: registers, spills, shared memory; needs no GPU'
 	@echo 'make emulate  run what the compiler makes of every kernel in a PTX emulator, in every mode; needs no GPU'
+	@echo 'make soak    kill, break and feed damaged files to every command for half an hour; ARGS="--minutes 5" for less'
 	@echo 'make clean   remove .venv, caches and build output, never runs/'
 	@echo
 	@echo 'The first target makes .venv and installs what it needs. PYTHON=... uses an interpreter that has everything.'
@@ -61,6 +62,11 @@ kernels-report: $(LINK)/fusedgpt
 emulate: $(LINK)/fusedgpt
 	$(prepare)
 	$(PYTHON) -m fusedgpt.bench emulate $(ARGS)
+
+# ARGS="--only kills" (or faults, fuzz) runs one part
+soak: $(LINK)/fusedgpt
+	$(prepare) test
+	$(PYTHON) -m fusedgpt.bench soak $(ARGS)
 
 # The package is the clone itself, whatever its folder is called; this link gives it its name, for mypy and for PYTHON=.
 $(LINK)/fusedgpt:

@@ -1,4 +1,4 @@
-"""`python -m fusedgpt.bench step | ops | ... | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate`:
+"""`python -m fusedgpt.bench step | ops | ... | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate | soak`:
 the bench suite's command line.
 
 argparse, not tyro as in `gpt`: `gpu` has to run on machines where nothing can be installed.
@@ -39,6 +39,7 @@ FUNCTIONS = {
     "gpu": (".gpu.run", "run_gpu"),
     "kernels-report": (".gpu.kernels_report", "run_kernels_report"),
     "emulate": (".emulator.run", "run_emulate"),
+    "soak": (".soak.run", "run_soak"),
 }
 
 
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         module, function = FUNCTIONS[command]
         result = getattr(importlib.import_module(module, __package__), function)(**options)
-        return result if command in ("gpu", "kernels-report", "emulate") else 0
+        return result if command in ("gpu", "kernels-report", "emulate", "soak") else 0
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,7 +86,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "What is faster, by how much, on this machine."
     parser = argparse.ArgumentParser(prog="python -m fusedgpt.bench", description=description)
-    names = "ops | step | memory | startup | decode | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate"
+    names = "ops | step | memory | startup | decode | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate | soak"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ops = commands.add_parser("ops", help="operators beside others: time, memory, share of the limit")
@@ -183,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--above", type=float, default=5.0, metavar="PERCENT", help=above)
     readme = commands.add_parser(
         "readme",
-        help="write the tables of README.md and docs/benchmarks.md, and its pictures, from bench/results",
+        help="write the tables of README.md and docs, and the pictures, from bench/results",
     )
     readme.add_argument("results", type=Path, nargs="*", metavar="RESULT.json", help="these results instead")
 
@@ -234,6 +235,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="instead: break the PTX, N times for each kernel and kind of fault, and count what is noticed",
     )
+
+    soak = commands.add_parser(
+        "soak", help="what a run survives: kill -9, faults, mutated files; half an hour on two cores"
+    )
+    soak.add_argument("--minutes", type=float, default=30.0, metavar="M", help="in all (default: 30)")
+    soak.add_argument("--only", choices=("kills", "faults", "fuzz"), help="one part")
+    soak.add_argument("--seed", type=int, default=0, help="of moments and mutations (default: 0)")
+    record = "write the record there (default: bench/results/soak-DATE.json, with --only none)"
+    soak.add_argument("--out", type=Path, metavar="JSON", help=record)
     return parser
 
 

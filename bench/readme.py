@@ -1,7 +1,7 @@
-"""`python -m fusedgpt.bench readme`: the measured tables of README.md and docs/benchmarks.md, from committed results.
+"""`python -m fusedgpt.bench readme`: the measured tables of README.md, docs/benchmarks.md and docs/reliability.md, from committed results.
 
 README gets a short table for each kind of device that has results: our time beside the fastest other implementation.
-docs/benchmarks.md gets all figures and the pictures. The text between the two markers is a function of the results alone; a
+docs/benchmarks.md gets all figures and the pictures, docs/reliability.md what a soak has tried. The text between the two markers is a function of the results alone; a
 test holds it to that.
 """
 
@@ -13,6 +13,7 @@ from . import data
 from .counts import pages
 from .ops.run import OURS, first_sizes, ours_and_fastest_other
 from .record import ROOT, Record, draw, load
+from .soak import report
 from .step import bytes
 from .table import markdown
 
@@ -20,8 +21,9 @@ BEGIN = "<!-- bench: `python -m fusedgpt.bench readme` writes what follows; neve
 END = "<!-- /bench -->\n"
 Newest = dict[
     str, tuple[Path, Record]
-]  # file and record of "gpu", "cpu", "counts", "bytes" and "data", where there is one
+]  # file and record of "gpu", "cpu", "counts", "bytes", "data", "soak" and "saving", where there is one
 Rows = list[dict[str, Any]]
+RELIABILITY = ("soak", "saving")  # kinds of records that docs/reliability.md shows
 
 
 def run_readme(results: Sequence[Path] = (), root: Path = ROOT) -> None:
@@ -44,12 +46,12 @@ def run_readme(results: Sequence[Path] = (), root: Path = ROOT) -> None:
 
 
 def newest_results(files: Sequence[Path]) -> Newest:
-    """The newest record of a GPU, of a CPU, of counts, of a step's bytes and of data preparation."""
+    """The newest record of a GPU, of a CPU, of counts, of a step's bytes, of data preparation, of a soak and of saving."""
     found: Newest = {}
     for file in files:
         record = load(file)
         kind = record["kind"]
-        if kind not in ("bytes", "counts", "data"):
+        if kind not in ("bytes", "counts", "data", *RELIABILITY):
             kind = "gpu" if "cuda" in record["versions"] else "cpu"
         if kind not in found or record["date"] >= found[kind][1]["date"]:
             found[kind] = (file, record)
@@ -58,7 +60,10 @@ def newest_results(files: Sequence[Path]) -> Newest:
 
 def blocks(newest: Newest, root: Path) -> dict[str, str]:
     """The text between the markers, by file."""
-    return {"README.md": short_block(newest), "docs/benchmarks.md": full_block(newest, root / "docs")}
+    own = {kind: found for kind, found in newest.items() if kind in RELIABILITY}
+    others = {kind: found for kind, found in newest.items() if kind not in RELIABILITY}
+    found = {"README.md": short_block(others), "docs/benchmarks.md": full_block(others, root / "docs")}
+    return found | ({"docs/reliability.md": report.block(own)} if own else {})
 
 
 def _replaced(file: Path, block: str) -> str:
