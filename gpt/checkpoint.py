@@ -229,7 +229,7 @@ def differences(
     if tokenizer != state.tokenizer:
         found.append("another tokenizer.json")
     if data is not None and state.step:
-        for key in sorted(data.keys() - {"position", *settings} | {"seed"}):
+        for key in sorted(data.keys() - {"position", "context_length"}):
             if (was := state.loader.get(key)) != (now := data.get(key)):
                 found.append(
                     "other training data" if key == "data" else f"{key} = {now!r} instead of {was!r}"

@@ -106,7 +106,8 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
 def located(path: Path) -> tuple[Path, Path | None]:
     """The run that a path names, and the checkpoint where it names one of them."""
     if (path / MANIFEST).is_file():
-        return path.absolute().parent.parent, path
+        checkpoint = path.resolve()
+        return checkpoint.parent.parent, checkpoint
     return path, None
 
 
