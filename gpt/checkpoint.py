@@ -22,7 +22,6 @@ from typing import Any
 import msgspec
 import torch
 from torch import Tensor
-from torch.optim import Muon
 
 from .. import __version__
 from ..data.files import new_folder, remove_folder, write_file
@@ -31,7 +30,8 @@ from .config import RunConfig
 from .model import GPT
 from .optim import Optimizers
 from .settings import FIXED
-from .tensors import Spec, read_tensors, write_tensors
+from .snapshot import Snapshot, model_tensors, not_finite, optimizer_parts, optimizer_tensors
+from .tensors import read_tensors, write_tensors
 
 FORMAT = 1
 MODEL, OPTIMIZER, STATE, MANIFEST = (
@@ -240,38 +240,6 @@ def differences(
 # ---- into memory
 
 
-def model_tensors(model: GPT) -> dict[str, Tensor]:
-    """Weights by name, at the vocabulary's true size; views of the parameters."""
-    padded = {id(table) for table in model.vocabulary_tables()}
-    return {
-        name: p.detach()[: model.config.vocab_size] if id(p) in padded else p.detach()
-        for name, p in model.named_parameters()
-    }
-
-
-def optimizer_tensors(model: GPT, optimizers: Optimizers) -> dict[str, Tensor]:
-    """The optimizers' state by "parameter|part". What an optimizer has yet to create is 0, as it would create it."""
-    state = optimizers.state()
-    return {
-        name: state.get(id(p), {}).get(part, torch.zeros(shape, dtype=dtype))
-        for name, (p, part, (shape, dtype)) in _optimizer_parts(model, optimizers).items()
-    }
-
-
-def _optimizer_parts(model: GPT, optimizers: Optimizers) -> dict[str, tuple[Tensor, str, Spec]]:
-    """Parameter, part, shape and dtype of each tensor of an optimizer's state. torch's kernels do not check these: a
-    shape that is not the parameter's makes them read and write outside of it."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    parts: dict[str, tuple[Tensor, str, Spec]] = {}
-    for optimizer in optimizers.all:
-        kinds = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
-            for part in kinds:
-                spec: Spec = ((), torch.float32) if part == "step" else (tuple(p.shape), p.dtype)
-                parts[f"{names[id(p)]}|{part}"] = (p, part, spec)
-    return parts
-
-
 @torch.no_grad()
 def load_model(model: GPT, checkpoint: Path) -> None:
     """Copy the weights of a verified checkpoint into a model of the same shape.
@@ -296,7 +264,7 @@ def load_optimizers(model: GPT, optimizers: Optimizers, checkpoint: Path) -> Non
     """
     if OPTIMIZER not in read_manifest(checkpoint).files:
         return
-    parts = _optimizer_parts(model, optimizers)
+    parts = optimizer_parts(model, optimizers)
     expected = {name: spec for name, (_, _, spec) in parts.items()}
     state: dict[int, dict[str, Tensor]] = {}
     for name, tensor in read_tensors(checkpoint / OPTIMIZER, expected, REMEDY).items():
@@ -304,13 +272,6 @@ def load_optimizers(model: GPT, optimizers: Optimizers, checkpoint: Path) -> Non
         # step counters too: fused AdamW needs them on the parameter's device
         state.setdefault(id(p), {})[part] = tensor.to(p.device)
     optimizers.load_state(state)
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The first tensor that has an element that is not finite. A sum shows it, which reads each element once."""
-    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in tensors.values()])
-    wrong = torch.isfinite(sums).logical_not().nonzero().flatten().tolist()
-    return list(tensors)[wrong[0]] if wrong else None
 
 
 # ---- writing and removing
@@ -395,7 +356,7 @@ class CheckpointWriter:
         self, run: Path, keep: int, keep_every: int, background: bool, saved: int | None = None
     ) -> None:
         self.run, self.keep, self.keep_every, self.saved = run, keep, keep_every, saved
-        self._snapshot = _Snapshot() if background else None
+        self._snapshot = Snapshot() if background else None
         self._executor = ThreadPoolExecutor(1, "checkpoint-writer")
         self._pending: Future[None] | None = None
         for path in (*run.iterdir(), *(run / "checkpoints").glob("*")):
@@ -416,16 +377,29 @@ class CheckpointWriter:
             NotFinite: the weights are not.
             OSError: a file cannot be written. Either may be of the save before, where that was in the background.
         """
-        self.wait()
-        if state.step == self.saved:
-            return
-        losses = validation_losses(history)
-        weights, moments = model_tensors(model), optimizer_tensors(model, optimizers)
+        try:
+            self.wait()
+        finally:  # this one is written even where that before could not be
+            if state.step != self.saved:
+                self._begin(
+                    model_tensors(model),
+                    optimizer_tensors(model, optimizers),
+                    state,
+                    validation_losses(history),
+                )
+
+    def _begin(
+        self,
+        model: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: State,
+        losses: Mapping[int, float],
+    ) -> None:
         if self._snapshot is None:
-            self._write(weights, moments, state, losses)
+            self._write(model, optimizer, state, losses)
         else:
-            weights, moments = self._snapshot.take(weights), self._snapshot.take(moments)
-            self._pending = self._executor.submit(self._write, weights, moments, state, losses)
+            model, optimizer = self._snapshot.take(model), self._snapshot.take(optimizer)
+            self._pending = self._executor.submit(self._write, model, optimizer, state, losses)
 
     def wait(self) -> None:
         """Wait for the save in the background; raises what it raised."""
@@ -466,42 +440,3 @@ class CheckpointWriter:
         self.saved = state.step
         for path in removable(self.run, state.step, self.keep, self.keep_every, losses):
             remove_folder(path)
-
-
-class _Snapshot:
-    """Copies of tensors in host memory, which stays allocated; a GPU's are made by a stream of their own."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
-        self._stream: torch.cuda.Stream | None = None
-        self._copied: torch.cuda.Event | None = None
-
-    def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copy these tensors; on a GPU the copies are complete after `finish`."""
-        if (gpu := next(iter(tensors.values())).device).type != "cuda":
-            return {name: self._buffer(name, tensor).copy_(tensor) for name, tensor in tensors.items()}
-        self._stream = self._stream or torch.cuda.Stream(gpu)
-        self._stream.wait_stream(torch.cuda.current_stream(gpu))
-        with torch.cuda.stream(self._stream):
-            copies = {
-                name: self._buffer(name, tensor).copy_(tensor, non_blocking=True)
-                for name, tensor in tensors.items()
-            }
-            self._copied = self._stream.record_event()
-        return copies
-
-    def wait(self) -> None:
-        """Let the current stream wait for the copies; the host does not."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
-
-    def finish(self) -> None:
-        """Let the host wait for the copies."""
-        if self._copied is not None:
-            self._copied.synchronize()
-
-    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
-        if name not in self._buffers:
-            pinned = tensor.device.type == "cuda"
-            self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-        return self._buffers[name]

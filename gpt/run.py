@@ -8,7 +8,6 @@ Training, generation, evaluation and export share it.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 

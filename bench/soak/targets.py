@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -170,8 +170,9 @@ def _import(folder: str) -> Callable[[], Any]:
 
 def _resume() -> None:
     chosen = settings.resolve({"steps": 6}, resume=Path(RUN))
-    session = prepare(chosen.config, chosen.out, True, chosen.origins)
-    with closing(session.log):
+    with ExitStack() as held:
+        session = prepare(chosen.config, chosen.out, True, chosen.origins, held)
+        held.enter_context(closing(session.log))
         session.step()  # with the state that was loaded
 
 
