@@ -118,7 +118,7 @@ class Generate:
     """
 
     run: Positional[Path]
-    """The folder of a run."""
+    """The folder of a run, or that of one of its checkpoints."""
     prompt: UseAppendAction[tuple[str, ...]] = ()
     """Text to continue; repeat for several. By default the model begins a document."""
     max_tokens: Annotated[int, arg(aliases=["--max-new-tokens"])] = 200
@@ -191,7 +191,7 @@ class Evaluate:
     """
 
     run: Positional[Path]
-    """The folder of a run."""
+    """The folder of a run, or that of one of its checkpoints."""
     data: Annotated[
         str | None, arg(metavar="SOURCE", help_behavior_hint="(default: the run's validation part)")
     ] = None
@@ -303,6 +303,25 @@ class Plot:
 
 
 @dataclass
+class Inspect:
+    """Show what a run or a checkpoint holds, and verify every file of it.
+
+        gpt inspect runs/novel
+        gpt inspect runs/novel/checkpoints/step-000500
+
+    The exit code is 1 if a part is damaged.
+    """
+
+    path: Positional[Path]
+    """The folder of a run, or that of one of its checkpoints."""
+
+    def __call__(self) -> int:
+        from .inspect import inspect
+
+        return 0 if inspect(self.path) else 1
+
+
+@dataclass
 class Import:
     """Import a GPT-2 in the format of Hugging Face's transformers as a run.
 
@@ -340,7 +359,7 @@ class Export:
     """
 
     run: Positional[Path]
-    """The folder of a run."""
+    """The folder of a run, or that of one of its checkpoints."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """The folder to create."""
     format: Literal["hf"] = "hf"
@@ -381,6 +400,7 @@ COMMANDS: dict[str, type] = {
     "tokenize": Tokenize,
     "tokenizer": Tokenizer,
     "plot": Plot,
+    "inspect": Inspect,
     "import": Import,
     "export": Export,
     "doctor": Doctor,

@@ -19,6 +19,7 @@ from .checkpoint import (
     MODEL,
     STATE,
     State,
+    checkpoints,
     differences,
     fill,
     load_model,
@@ -104,9 +105,9 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
 
 def located(path: Path) -> tuple[Path, Path | None]:
     """The run that a path names, and the checkpoint where it names one of them."""
-    if (path / MANIFEST).is_file():
-        checkpoint = path.resolve()
-        return checkpoint.parent.parent, checkpoint
+    full = path.resolve()
+    if (full / MANIFEST).is_file() or full in checkpoints(full.parent.parent):
+        return full.parent.parent, full
     return path, None
 
 

@@ -43,6 +43,7 @@ FLAGS = {
     "tokenize": {"tokenizer", "out", "val_fraction", "vocab_size"},
     "tokenizer": {"vocab_size", "out", "kind"},
     "plot": {"out"},
+    "inspect": set(),
     "import": set(),
     "export": {"format"},
     "doctor": {"device"},
