@@ -74,8 +74,8 @@ class Snapshot:
 
     def wait(self) -> None:
         """Let the current stream wait for the copies; the host does not."""
-        if self._copied is not None:
-            torch.cuda.current_stream().wait_event(self._copied)
+        if self._stream is not None and self._copied is not None:
+            torch.cuda.current_stream(self._stream.device).wait_event(self._copied)
 
     def finish(self) -> None:
         """Let the host wait for the copies."""

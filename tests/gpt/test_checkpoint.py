@@ -30,6 +30,7 @@ from fusedgpt.gpt.checkpoint import (
     verify,
 )
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
+from fusedgpt.gpt.lock import lock_run
 from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import Optimizers, build_optimizers
 from fusedgpt.gpt.run import load_run
@@ -367,6 +368,15 @@ def test_a_resume_with_another_text_or_model_is_refused(run: Path, original: Pat
     CharTokenizer.train([TEXT.replace("q", "Q")]).save(run / "tokenizer.json")
     with pytest.raises(InputError, match=r"does not fit its checkpoint: another tokenizer\.json; put back"):
         load_run(run)
+
+
+def test_a_run_that_another_process_trains_is_refused_and_left_as_it_is(run: Path, original: Path) -> None:
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with lock_run(run), pytest.raises(InputError, match="is training in it"):
+        train(configuration(original, steps=8), run, resume=True)
+    assert all(file.read_bytes() == data for file, data in before.items() if file.name != ".lock")
+    train(configuration(original, steps=8), run, resume=True)
+    assert load_run(run).step == 8
 
 
 def test_settings_that_no_tensor_shows_are_compared_too(run: Path) -> None:
