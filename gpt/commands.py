@@ -143,14 +143,13 @@ class Generate:
     """auto (a GPU if one works), cpu, cuda, cuda:1, ..."""
 
     def __call__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(
-                f"num_samples = {self.num_samples} is not allowed; it takes a whole number from 1 up"
-            )
         from .device import pick_device, pick_dtype
-        from .generate import generate_text
+        from .generate import MAX_SAMPLES, generate_text
         from .run import load_run
 
+        if not 1 <= self.num_samples <= MAX_SAMPLES:
+            takes = f"a whole number from 1 to {MAX_SAMPLES}"
+            raise ValueError(f"num_samples = {self.num_samples} is not allowed; it takes {takes}")
         device = pick_device(self.device)
         run = load_run(self.run, device)
         prompts = [prompt for prompt in self.prompt or ("",) for _ in range(self.num_samples)]
