@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _described(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+        return f"{printable(error.filename)[-200:]}: {error.strerror}"
     if isinstance(error, MemoryError):
         return f"out of memory {error}"
     return str(error) or type(error).__name__

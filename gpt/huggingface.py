@@ -198,7 +198,14 @@ def _read_tokenizer(folder: Path) -> Tokenizer:
         lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
         merges = "\n".join(["#version: 0.2", *lines, ""])
     else:
-        return GPT2Tokenizer.find()
+        try:
+            return GPT2Tokenizer.find()
+        except FileNotFoundError:
+            what, put = (
+                "it has no tokenizer, and GPT-2's own is not on this machine",
+                "put its merges.txt there",
+            )
+            raise MissingFile(folder, what, put) from None
     try:
         return GPT2Tokenizer(merges)
     except ValueError:

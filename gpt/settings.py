@@ -133,12 +133,16 @@ def _in_use(folder: Path) -> bool:
 
 def require_unused(folder: Path) -> None:
     """Raise FileExistsError if `folder` is a file or not empty: nothing is ever overwritten."""
-    if (folder / "config.toml").exists():
+    try:
+        used, run = _in_use(folder), (folder / "config.toml").exists()
+    except OSError as error:  # the name is too long, or the folder is another user's
+        raise InputError(folder, f"it cannot be used ({error.strerror})", "choose another folder") from None
+    if run:
         raise FileExistsError(
             f"{folder}: output folder in use, it holds a run; continue that with: gpt train --resume {folder}, "
             "or choose another folder"
         )
-    if _in_use(folder):
+    if used:
         raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
 
 
@@ -156,7 +160,9 @@ def read_run(run: Path) -> dict[str, Any]:
             str(found.parent) for place in (run.parent, Path("runs")) for found in place.glob("*/config.toml")
         ]
         there = f"; there are {', '.join(sorted({*runs})[:5])}" if runs else ""
-        raise FileNotFoundError(f"{run} is not a run: {what}{nearest(str(run), runs) or there}")
+        raise FileNotFoundError(
+            f"{run} is not a run: {what}{nearest(str(run), runs) or there or '; gpt train makes one'}"
+        )
     return read_config(file)
 
 

@@ -166,6 +166,10 @@ CASES = {
     "too many new tokens": ("generate runs/tiny --max-tokens 1048577", ["max_tokens = 1048577"]),
     "too many samples": ("generate runs/tiny --num-samples 1000000000", ["num_samples = 1000000000"]),
     "import of too many layers": ("import hf-layers runs/new", ["hf-layers/config.json", "n_layer", "1024"]),
+    # names
+    "a name with escape sequences": ("evaluate runs/\x1b[31mred", ["runs/\\x1b[31mred", "there are runs/"]),
+    "a name of many characters": (f"export runs/tiny {'x' * 3000}", ["xxx", "cannot be used", "too long"]),
+    "a name of two lines": (f"{TRAIN} --data a\nb", ["a\\nb"]),
     # runs
     "missing run": ("generate runs/tin", ["runs/tin", "did you mean 'runs/tiny'"]),
     "folder that is no run": ("evaluate no_text", ["no_text", "config.toml"]),

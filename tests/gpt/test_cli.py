@@ -406,6 +406,23 @@ def test_generate_passes_its_settings_on(run: str, monkeypatch: pytest.MonkeyPat
     }
 
 
+@pytest.mark.parametrize("more", [[], ["--num-samples", "2"]])
+def test_what_a_model_writes_cannot_steer_the_terminal(
+    more: list[str], run: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pieces = ["\x1b", "[2J\x9b", "\u202e\r\x07\u2028", "\n\té🙂\u3000"]
+
+    def stand_in(*arguments: Any, on_text: Any, **settings: Any) -> list[str]:
+        for piece in pieces if on_text else ():
+            on_text(0, piece)
+        return ["".join(pieces)] * len(arguments[2])
+
+    monkeypatch.setattr("fusedgpt.gpt.generate.generate_text", stand_in)
+    assert ended(["generate", run, "--prompt", "[\x1b[31m", *more]) == 0
+    shown = "[\\x1b[31m\\x1b[2J\\x9b\\u202e\\r\\x07\\u2028\n\té🙂\u3000\n"
+    assert capsys.readouterr().out == (f"--- 1\n{shown}\n--- 2\n{shown}\n" if more else shown)
+
+
 def test_generate_ends_before_a_stop_string(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["generate", run, "--prompt", "the", "--temperature", "0", "--max-tokens", "40"]
     assert ended(argv) == 0
