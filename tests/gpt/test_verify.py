@@ -209,7 +209,9 @@ def test_other_kernels_or_another_version_are_compared_anew(
     assert len(compared) == 3 * count
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"embed": 3}', '{"embed": null}', "[" * 100_000, "\x00", "1"])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"embed": 3}', '{"embed": null}', "[" * 100_000, "\x00", "1"]
+)
 def test_a_damaged_file_is_no_verdict(content: str, compared: list[str], cache: Path) -> None:
     verify(CONFIG, CPU)
     count = len(compared)
