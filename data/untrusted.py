@@ -18,6 +18,9 @@ MAX_JSON = (
 MAX_TOML = 64 << 10
 DOTTED = re.compile(r"(?:\.[ \t]*[\w\"'-]+[ \t]*){50}")  # tomllib takes a minute for a key of 30,000 parts
 
+# What text may hold beside printable characters: lines, and the blanks and joiners of other scripts and of emoji.
+TEXT = "\n\t\u00a0\u00ad\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u200c\u200d\u202f\u205f\u3000"
+
 T = TypeVar("T")
 
 
@@ -46,7 +49,7 @@ def printable(text: object, limit: int | None = None, keep: str = "") -> str:
     Args:
         text: of a model, a file name, or a value out of a file.
         limit: cut what is longer, the last character becomes "…".
-        keep: characters that stay as they are, "\\n\\t" where the text has lines.
+        keep: characters that stay as they are, `TEXT` where it is text and no name.
     """
     text = str(text)
     if not text.isprintable():
@@ -166,6 +169,7 @@ def inside(folder: Path, name: str, origin: Path) -> Path:
     remedy = "do not use files from that source"
     try:
         path = folder / name
+        path.exists()  # raises where the name is too long
         if path.resolve().is_relative_to(folder.resolve()):
             return path
     except (OSError, ValueError, RuntimeError):  # a NUL in the name, a loop of links

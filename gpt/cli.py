@@ -1,22 +1,30 @@
 """The command line: from argv to a command of `commands.py`, and how it ends.
 
-Mistakes of the user end as one line `error: ...` and exit code 2. Nothing heavy is imported before a command runs.
+Mistakes of the user end as one line `error: ...` and exit code 2, one of this program with its place and exit code 1. Nothing
+heavy is imported before a command runs.
 """
 
 import inspect
+import io
 import logging
 import os
+import re
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stderr, suppress
 from dataclasses import is_dataclass
 from difflib import get_close_matches
 from functools import partial
-from typing import Annotated, Any, Union, get_type_hints
+from itertools import takewhile
+from pathlib import Path
+from typing import Annotated, Any, TextIO, Union, get_type_hints
 
 import tyro
 from tyro.conf import Fixed, Positional, PositionalMetavarFromFieldName, subcommand
 
 from .. import __version__
+from ..data.untrusted import printable
 from .commands import COMMANDS, Sources, Train
 from .config import nearest
 
@@ -33,8 +41,8 @@ def parse(argv: Sequence[str]) -> Any:
     """Parse `argv` into a command, ready to be called.
 
     Raises:
-        ValueError: an unknown command or flag; the nearest one is named.
-        SystemExit: help was requested, or tyro has reported a wrong value.
+        ValueError: an unknown command or flag, the nearest one is named; a wrong value.
+        SystemExit: help was requested.
     """
     name = argv[0] if argv else "--help"
     if name.startswith("-"):
@@ -42,19 +50,34 @@ def parse(argv: Sequence[str]) -> Any:
             Annotated[kind, subcommand(name, description=(kind.__doc__ or "").partition("\n")[0])]
             for name, kind in COMMANDS.items()
         )
-        return tyro.cli(Union[commands], prog="gpt", description=DESCRIPTION, args=[name])  # type: ignore[call-overload]  # noqa: UP007
+        return _tyro(Union[commands], prog="gpt", description=DESCRIPTION, args=[name])  # noqa: UP007
     if name not in COMMANDS:
         there = f"; there are {', '.join(COMMANDS)}"
-        raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS) or there}")
+        raise ValueError(f"unknown command {name[:50]!r}{nearest(name, COMMANDS) or there}")
     command, words = COMMANDS[name], argv[1:]
     given = _given(command, words, f"gpt {name} --help")
     settings: dict[str, Any] = {"prog": f"gpt {name}", "config": (PositionalMetavarFromFieldName,)}
     default = None
     if command is Train:
         sources = [word for word in words if word not in ("-h", "--help")]
-        default = tyro.cli(Sources, args=sources, return_unknown_args=True, **settings)[0].train()
-    result = tyro.cli(command, args=words, default=default, description=inspect.getdoc(command), **settings)
+        default = _tyro(Sources, args=sources, return_unknown_args=True, **settings)[0].train()
+    result = _tyro(command, args=words, default=default, description=inspect.getdoc(command), **settings)
     return partial(result, given) if command is Train else result
+
+
+def _tyro(kind: Any, prog: str, **settings: Any) -> Any:
+    """`tyro.cli`, with ValueError for a wrong value in place of a box of several lines on stderr."""
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(kind, prog=prog, **settings)
+    except SystemExit as stop:
+        if not stop.code:  # help
+            raise
+        drawn = r"\x1b\[[0-9;]*m|[╭╮╰╯│─]|-{5,}"
+        rows = filter(None, (re.sub(drawn, "", row).strip() for row in box.getvalue().splitlines()))
+        said = list(takewhile(lambda row: " helptext" not in row, rows))[1:]  # the first is a title
+        raise ValueError(f"{printable(' '.join(said), 300)}; see {prog} --help") from None
 
 
 def _given(command: type, words: Sequence[str], see: str) -> set[str]:
@@ -102,6 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv` (by default the process's own) and return the exit code: 2 for a mistake of the user."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # libgomp reads it when torch is imported
+    _mend_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -121,13 +145,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:  # training has reported what it saved
         return 130
     except BrokenPipeError:  # the reader of the output has closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard(sys.stdout)
         return 141
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError, ImportError) as error:
         if debug:
             raise
-        text = str(error)
-        if isinstance(error, OSError) and error.filename and error.strerror:
-            text = f"{error.filename}: {error.strerror}"
-        print(f"error: {text}", file=sys.stderr)
+        _report(_described(error))
         return 2
+    except Exception as error:
+        if debug:
+            raise
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        _report(
+            f"this is a bug of fusedgpt, please report it with what --debug shows: {type(error).__name__} in "
+            f"{Path(place.filename).name}, line {place.lineno}: {error}"
+        )
+        return 1
+
+
+def _described(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{printable(error.filename)[-200:]}: {error.strerror}"
+    if isinstance(error, MemoryError):
+        return f"out of memory {error}"
+    return str(error) or type(error).__name__
+
+
+def _report(text: str) -> None:
+    """Print an error as one line of at most 400 characters."""
+    with suppress(OSError):
+        print(f"error: {printable(' '.join(text.split()), 390)}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # it is full or closed; Python would report it once more at its exit
+            _discard(stream)
+
+
+def _mend_streams() -> None:
+    """Let no print fail for a character that the terminal lacks or a stream that is closed."""
+    for descriptor in (0, 1, 2):  # a file opened later must not take the number of a closed one
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _discard(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAction, arg
 
+from ..data.untrusted import TEXT, printable
 from .config import ALIASES, PRESETS, ModelConfig, RunConfig, TrainConfig
 from .settings import DEFAULT_PRESET, below_flags, merge, require_unused, resolve
 
@@ -97,7 +98,7 @@ class Train(Sources):
         settings = resolve(flags, self.preset, self.config, self.resume, self.out)
         usual = Path("runs", self.preset or DEFAULT_PRESET)
         if not self.resume and not self.out and settings.out != usual:
-            print(f"{usual} is in use: this run goes to {settings.out}")
+            print(printable(f"{usual} is in use: this run goes to {settings.out}"))
         from .train.loop import train
 
         train(settings.config, settings.out, settings.resume, settings.origins)
@@ -143,21 +144,21 @@ class Generate:
     """auto (a GPU if one works), cpu, cuda, cuda:1, ..."""
 
     def __call__(self) -> None:
-        if self.num_samples < 1:
-            raise ValueError(
-                f"num_samples = {self.num_samples} is not allowed; it takes a whole number from 1 up"
-            )
         from .device import pick_device, pick_dtype
-        from .generate import generate_text
+        from .generate import MAX_SAMPLES, generate_text
         from .run import load_run
 
+        if not 1 <= self.num_samples <= MAX_SAMPLES:
+            takes = f"a whole number from 1 to {MAX_SAMPLES}"
+            raise ValueError(f"num_samples = {self.num_samples} is not allowed; it takes {takes}")
         device = pick_device(self.device)
         run = load_run(self.run, device)
         prompts = [prompt for prompt in self.prompt or ("",) for _ in range(self.num_samples)]
         opening = iter(prompts)
 
         def show(row: int, piece: str) -> None:
-            print(next(opening, "") + piece, end="", flush=True)  # the prompt comes first, once
+            text = next(opening, "") + piece  # the prompt comes first, once
+            print(printable(text, keep=TEXT), end="", flush=True)
 
         texts = generate_text(
             run.model,
@@ -174,10 +175,10 @@ class Generate:
             dtype=pick_dtype("auto", device),
         )
         if len(prompts) == 1:
-            print(next(opening, ""))
+            print(printable(next(opening, ""), keep=TEXT))
             return
         for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1):
-            print(f"--- {number}\n{prompt}{text}\n")
+            print(f"--- {number}\n{printable(prompt + text, keep=TEXT)}\n")
 
 
 @dataclass
@@ -238,9 +239,10 @@ class Tokenize:
         tokenizer = make_tokenizer(self.tokenizer, chain(corpus.train_texts(), held_out), self.vocab_size)
         tokenize(corpus, tokenizer, self.out, progress=True)
         shards = open_shards(self.out, tokenizer)
+        out = printable(self.out)
         print(
-            f"{self.out}: {shards.train_tokens:,} training and {shards.val_tokens:,} validation tokens, "
-            f"vocabulary {tokenizer.vocab_size:,}\ntrain on them with: gpt train --data {self.out}"
+            f"{out}: {shards.train_tokens:,} training and {shards.val_tokens:,} validation tokens, "
+            f"vocabulary {tokenizer.vocab_size:,}\ntrain on them with: gpt train --data {out}"
         )
 
 
@@ -274,9 +276,8 @@ class Tokenizer:
         corpus = open_corpus(self.file)
         texts = chain(corpus.train_texts(), corpus.val_texts())
         tokenizer = make_tokenizer(self.kind, texts, self.vocab_size)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(self.out)
-        print(f"{self.out}: {self.kind} tokenizer with {tokenizer.vocab_size:,} tokens")
+        print(f"{printable(self.out)}: {self.kind} tokenizer with {tokenizer.vocab_size:,} tokens")
 
 
 @dataclass
@@ -299,7 +300,7 @@ class Plot:
             raise ValueError("gpt plot takes the folder of a run, or several")
         from .pictures import plot_runs
 
-        print(plot_runs(list(self.runs), self.out))
+        print(printable(plot_runs(list(self.runs), self.out)))
 
 
 @dataclass
@@ -346,7 +347,7 @@ class Import:
         config = RunConfig(model.config, TrainConfig(tokenizer=tokenizer.kind))
         imported = dict.fromkeys((*asdict(model.config), "tokenizer"), f"import {self.folder}")
         create_run(self.run, config, tokenizer, imported, model)
-        print(f"{self.run}: {model.num_params():,} parameters")
+        print(f"{printable(self.run)}: {model.num_params():,} parameters")
 
 
 @dataclass
@@ -372,7 +373,7 @@ class Export:
 
         run = load_run(self.run)
         export_model(run.model, run.tokenizer, self.folder)
-        print(f"{self.folder}: step {run.step:,} of {self.run}")
+        print(printable(f"{self.folder}: step {run.step:,} of {self.run}"))
 
 
 @dataclass

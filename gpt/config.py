@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from ..data.untrusted import printable
+
 ALIASES: dict[str, tuple[str, ...]] = {
     "n_embd": ("emb_dim", "d_model", "hidden_size"),
     "n_head": ("n_heads", "num_heads", "num_attention_heads"),
@@ -30,6 +32,22 @@ VALUE_ALIASES: dict[str, dict[str, Any]] = {
 }
 DROPOUTS = ("embd_dropout", "attn_dropout", "resid_dropout")
 DROPOUT_ALIASES = ("drop_rate", "dropout")  # one rate for all three
+# The largest whole numbers: far above any GPT (GPT-3 has 96 layers, a width of 12,288 and 1,600 sequences a step), and small enough
+# that what is checked before the memory is known, such as the divisors of a width, takes no time.
+LARGEST = {
+    "vocab_size": 65_536,  # token shards store ids in 16 bits
+    "bpe_vocab_size": 65_536,
+    "context_length": 1 << 20,
+    "n_layer": 1024,
+    "n_head": 1024,
+    "n_embd": 65_536,
+    "batch_size": 1 << 20,
+    "eval_windows": 1 << 20,
+    "sample_tokens": 1 << 20,
+    "seed": 2**63 - 1,  # what torch takes
+}
+MAX_STRING = 4096  # characters; a config.toml that holds them must be read back
+LARGEST_COUNT = 10**9  # of every other whole number: steps of 1 ms each would take 12 days
 
 
 @dataclass(frozen=True)
@@ -71,8 +89,9 @@ class ModelConfig:
         if self.n_embd % self.n_head:
             fitting = [heads for heads in range(1, self.n_embd + 1) if self.n_embd % heads == 0]
             nearest = min(fitting, key=lambda heads: abs(heads - self.n_head))
-            raise ValueError(
-                f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}; the nearest that does is {nearest}"
+            raise SettingError(
+                "n_head",
+                f"n_head = {self.n_head} does not divide n_embd = {self.n_embd}; the nearest that does is {nearest}",
             )
         _require(self.norm in ("pre", "post"), self, "norm", "'pre' or 'post'")
         _require(self.gelu in ("tanh", "exact"), self, "gelu", "'tanh' or 'exact'")
@@ -86,6 +105,17 @@ class ModelConfig:
         """Rows of the embedding: the vocabulary padded to a multiple of 128, for which matmuls are fastest."""
         return -(-self.vocab_size // 128) * 128
 
+    @property
+    def parameters(self) -> int:
+        """Parameters in memory: with all biases, and with the padding of the vocabulary."""
+        c = self.n_embd
+        blocks = self.n_layer * (12 * c**2 + 13 * c)
+        return (
+            blocks
+            + 2 * c
+            + (self.padded_vocab_size * (1 if self.tie_weights else 2) + self.context_length) * c
+        )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """A configuration from a dictionary with these names or those of other implementations (`ALIASES`).
@@ -94,7 +124,7 @@ class ModelConfig:
             ValueError: an unknown key (the nearest known one is named) or a value that is not allowed.
         """
         known = [field.name for field in fields(cls)]
-        return cls(**canonical(values, known, "model configuration"))
+        return cls(**canonical(values, known))
 
 
 @dataclass(frozen=True)
@@ -205,21 +235,26 @@ class TrainConfig:
     def __post_init__(self) -> None:
         whole = {"steps": 1, "batch_size": 1, "log_interval": 1, "eval_interval": 1, "eval_windows": 1}
         whole |= {"save_interval": 1, "keep_checkpoints": 1, "bpe_vocab_size": 257}
-        whole |= {"keep_every": 0, "warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0}
+        whole |= {"keep_every": 0, "warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0, "seed": 0}
         for name, low in whole.items():
             _require_whole(self, name, low)
         for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "z_loss", "epochs"):
             _require(0.0 <= getattr(self, name) < float("inf"), self, name, "a number from 0 up")
+        _require(self.epochs <= LARGEST_COUNT, self, "epochs", f"a number from 0 to {LARGEST_COUNT}")
         for name in ("min_lr_ratio", "cooldown_fraction", "label_smoothing", "min_accepted"):
             _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a number from 0 to 1")
         for name in ("beta1", "beta2", "val_fraction"):
             _require(0.0 <= getattr(self, name) < 1.0, self, name, "a number from 0 to below 1")
+        for name in ("data", "tokenizer", "prompt", "device"):
+            short = len(getattr(self, name)) <= MAX_STRING
+            _require(short, self, name, f"at most {MAX_STRING} characters")
         if self.micro_batch != "auto":
             allowed = _is_int(self.micro_batch) and self.micro_batch >= 0
             _require(allowed, self, "micro_batch", "a whole number from 0 up, or 'auto'")
         if isinstance(self.micro_batch, int) and self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}"
+            raise SettingError(
+                "micro_batch",
+                f"micro_batch = {self.micro_batch} does not divide batch_size = {self.batch_size}",
             )
 
     @property
@@ -401,7 +436,7 @@ def full_length(config: TrainConfig) -> int:
     return next((p["steps"] for p in PRESETS.values() if p.get("min_accepted") == config.min_accepted), 0)
 
 
-def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+def canonical(values: Mapping[str, Any], known: Iterable[str]) -> dict[str, Any]:
     """Translate aliases to this project's names.
 
     Raises:
@@ -417,12 +452,12 @@ def canonical(values: Mapping[str, Any], known: Iterable[str], where: str) -> di
             targets = (names.get(key, key),)
         else:
             options = {**dict.fromkeys(known), **dict.fromkeys(names), **dict.fromkeys(DROPOUT_ALIASES)}
-            raise ValueError(f"{where}: unknown key {key!r}{nearest(key, options)}")
+            raise ValueError(f"unknown key {shown(key)}{nearest(key, options)}")
         for target in targets:
             value = VALUE_ALIASES.get(target, {}).get(value, value) if isinstance(value, str) else value
             if target in result and result[target] != value:
                 raise ValueError(
-                    f"{where}: {key!r} sets {target} to {value!r}, but it is already {result[target]!r}"
+                    f"{key!r} sets {target} to {shown(value)}, but it is already {shown(result[target])}"
                 )
             result[target] = value
     return result
@@ -442,10 +477,26 @@ def _is_int(value: object) -> bool:
 
 
 def _require_whole(config: object, name: str, low: int) -> None:
-    value = getattr(config, name)
-    _require(_is_int(value) and value >= low, config, name, f"a whole number from {low} up")
+    value, high = getattr(config, name), LARGEST.get(name, LARGEST_COUNT)
+    _require(_is_int(value) and low <= value <= high, config, name, f"a whole number from {low} to {high}")
 
 
 def _require(condition: bool, config: object, name: str, takes: str) -> None:
     if not condition:
-        raise ValueError(f"{name} = {getattr(config, name)!r} is not allowed; it takes {takes}")
+        raise SettingError(name, f"{name} = {shown(getattr(config, name))} is not allowed; it takes {takes}")
+
+
+class SettingError(ValueError):
+    """The setting `name` cannot have its value."""
+
+    def __init__(self, name: str, message: str) -> None:
+        self.name = name
+        super().__init__(message)
+
+
+def shown(value: object) -> str:
+    """A value of a setting in a message."""
+    try:
+        return printable(repr(value), 50)
+    except ValueError:  # Python converts no whole number of more than 4,300 digits
+        return "a whole number of more than 4,300 digits"

@@ -2,12 +2,15 @@
 
 import ctypes
 import gc
+import os
+import resource
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -57,6 +60,50 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes of memory that this process can have there: the GPU's, or the machine's within its cgroup's and ulimit's limits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    if (own := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        limits.append(own)
+    with suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, kinds, group = line.split(":", 2)
+            if not kinds:  # version 2
+                root, name = Path("/sys/fs/cgroup"), "memory.max"
+            elif "memory" in kinds.split(","):
+                root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+            else:
+                continue
+            folder = root / group.lstrip("/")
+            for place in (folder, *folder.parents):  # a container may see its own group as the root
+                with suppress(OSError, ValueError):  # not there, or "max"
+                    limits.append(int((place / name).read_text()))
+    return min(limits)
+
+
+def require_memory(device: torch.device, need: int, what: str, remedy: str) -> None:
+    """Refuse what cannot fit before any of it is allocated.
+
+    Args:
+        device: where.
+        need: bytes.
+        what: needs them, such as "a model of 12 layers".
+        remedy: what to do.
+
+    Raises:
+        ValueError: the device has less memory in all.
+    """
+    if need > (total := total_memory(device)):
+        name = "the GPU" if device.type == "cuda" else "this machine"
+        raise ValueError(f"{what} needs {gib(need)} of memory, and {name} has {gib(total)}; {remedy}")
+
+
+def gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
 
 
 def _lost_gpu(messages: list[str]) -> str | None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from .. import __version__
+from ..data.untrusted import printable
 from ..kernels import _triton
 from ..kernels.backend import missing_tools, requested
 from ..kernels.selfcheck import (
@@ -33,7 +34,7 @@ def examine(device_name: str = "auto") -> bool:
     """
     device = pick_device(device_name)
     for name, fact in facts(device):
-        print(f"{name:<10}{fact}")
+        print(f"{name:<10}{printable(fact)}")
     print()
     checks = check_all(device)
     print("\n".join(table(checks)))

@@ -18,6 +18,7 @@ from ..data.documents import IGNORED, document_batches, encode_document
 from ..data.shards import TokenShards, holds_tokens, token_shards
 from ..data.token_file import checksum, open_shard
 from ..data.tokenizers import Tokenizer
+from ..data.untrusted import TEXT, printable
 from ..data.windows import Batch, EvalWindows
 from .config import TrainConfig
 from .device import pick_device, pick_dtype
@@ -138,7 +139,7 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
     place = pick_device(device)
     run = load_run(path, place)
     dtype = pick_dtype("auto", place)
-    print(f"{path}, step {run.step:,}: {run.model.num_params():,} parameters")
+    print(f"{printable(path)}, step {run.step:,}: {run.model.num_params():,} parameters")
     source, val_fraction = data or run.config.train.data, run.config.train.val_fraction
     if holds_tokens(source):
         shards = token_shards(source, run.tokenizer, val_fraction, progress=True)
@@ -148,10 +149,10 @@ def evaluate_run(path: Path, data: str | None = None, device: str = "auto") -> N
         if corpus.log_prob is not None:
             report = evaluate_corpus(run.model, run.tokenizer, corpus, dtype)
             print("\n".join(report.lines()))
-            print(f"\n{report.sample}")
+            print(f"\n{printable(report.sample, keep=TEXT)}")
             return
         loss, tokens, bytes_per_token = _score_text(run.model, run.tokenizer, corpus, data is None, dtype)
-    print(f"{source}{', validation part' if data is None else ''}: {tokens:,} tokens")
+    print(f"{printable(source)}{', validation part' if data is None else ''}: {tokens:,} tokens")
     if data is not None and not holds_tokens(source) and _trained_on(run, source):
         print("      this includes the text that the run was trained on: expect a higher loss on new text")
     print(f"loss: {loss:.4f} nats a token, perplexity {math.exp(loss):,.2f}")

@@ -20,10 +20,14 @@ from torch import Tensor
 
 from ..kernels import linear
 from .config import ModelConfig
+from .device import require_memory
 from .model import GPT
 
 if TYPE_CHECKING:  # ids alone take no tokenizer, nor the libraries under one
     from ..data.tokenizers import Tokenizer
+
+MAX_TOKENS = 1 << 20  # new tokens a row
+MAX_SAMPLES = 1 << 16  # of a prompt
 
 
 @torch.inference_mode()
@@ -68,8 +72,11 @@ def generate(
         ValueError: a setting that is not allowed, no prompt, or a prompt that is longer than the context, has an id
             outside the vocabulary, or is empty where there is no end_of_text.
     """
-    _require(max_tokens >= 1, "max_tokens", max_tokens, "a whole number from 1 up")
+    _require(
+        1 <= max_tokens <= MAX_TOKENS, "max_tokens", max_tokens, f"a whole number from 1 to {MAX_TOKENS}"
+    )
     rows = _starts(prompts, model.config, end_of_text)
+    _require_memory(model, rows, max_tokens, dtype)
     starts = [len(row) for row in rows]
     sampler = _Sampler(rows, temperature, top_k, top_p, repetition_penalty, seed)
     decoder = _Decoder(model, rows, dtype)
@@ -120,6 +127,20 @@ def _starts(
                 "model's own tokenizer"
             )
     return rows
+
+
+def _require_memory(model: GPT, rows: list[list[int]], max_tokens: int, dtype: torch.dtype | None) -> None:
+    """Raise ValueError where weights, cache, first pass and logits need more than all of the device's memory."""
+    config, weights = model.config, model.wte.weight
+    longest = max(map(len, rows))
+    slots = min(config.context_length, longest + max_tokens - 1)
+    size = (dtype or weights.dtype).itemsize
+    token = (
+        size * config.n_embd * (2 * config.n_layer * slots + 12 * longest)
+    )  # a layer of it keeps 10 states
+    need = weights.element_size() * config.parameters + len(rows) * (token + 4 * 8 * config.vocab_size)
+    what = f"writing {len(rows):,} texts of up to {slots:,} tokens at once"
+    require_memory(weights.device, need, what, "ask for fewer samples, or shorter ones")
 
 
 def _require(condition: bool, name: str, value: object, takes: str) -> None:

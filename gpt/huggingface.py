@@ -2,26 +2,31 @@
 
 The format is a folder with config.json, model.safetensors (or several files with an index) and a tokenizer. Its
 Conv1D layers store their weights as (in, out), ours are (out, in); everything else has the same names and shapes, with
-or without the prefix `transformer.`. No file is unpickled.
+or without the prefix `transformer.`. No file is unpickled, and none is read through a link that leaves the folder.
 """
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..data.files import new_folder, write_file
 from ..data.tokenizers import END_OF_TEXT, BPETokenizer, GPT2Tokenizer, Tokenizer, load_tokenizer
-from .config import DROPOUTS, VALUE_ALIASES, ModelConfig
+from ..data.untrusted import InputError, MissingFile, inside, read_bytes, read_json
+from .config import DROPOUTS, VALUE_ALIASES, ModelConfig, SettingError
+from .device import require_memory
 from .model import GPT
+from .tensors import Spec, describe_tensors, read_tensors, write_tensors
 
 PREFIX = "transformer."
 OWN_TOKENIZER = "fusedgpt-tokenizer.json"
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 BUFFERS = (".attn.bias", ".attn.masked_bias")  # the causal mask, stored in old files
+READ = (torch.float32, torch.bfloat16, torch.float16)  # each value of these is one of float32
+AGAIN = "fetch or export it again"
 SIZES = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
 RATES = {"embd_pdrop": 0.1, "attn_pdrop": 0.1, "resid_pdrop": 0.1}
 GELU = {"tanh": "gelu_new", "exact": "gelu"}  # what activation_function is written as
@@ -35,6 +40,40 @@ FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "tie_word_embeddings": True,
 }
+
+
+class _Config(TypedDict, total=False):
+    """What config.json may say of the computation."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int | None
+    embd_pdrop: float
+    attn_pdrop: float
+    resid_pdrop: float
+    activation_function: str
+    model_type: str
+    layer_norm_epsilon: float
+    scale_attn_weights: bool
+    scale_attn_by_inverse_layer_idx: bool
+    reorder_and_upcast_attn: bool
+    add_cross_attention: bool
+    tie_word_embeddings: bool
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+class _Merges(TypedDict):
+    merges: list[str | tuple[str, str]]
+
+
+class _TokenizerJson(TypedDict):
+    model: _Merges
 
 
 def to_transformers(model: GPT) -> dict[str, Tensor]:
@@ -84,59 +123,49 @@ def export_model(model: GPT, tokenizer: Tokenizer, folder: str | Path) -> None:
         )
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder; choose another")
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    tokenizer.save(folder / OWN_TOKENIZER)
-    if isinstance(tokenizer, BPETokenizer) and (converted := _tokenizer_json(tokenizer)):
-        _write_json(folder / "tokenizer.json", converted)
-        special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-        _write_json(
-            folder / "tokenizer_config.json",
-            {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": config.context_length}
-            | special,
-        )
     sizes = (config.vocab_size, config.context_length, config.n_embd, config.n_layer, config.n_head)
     rates = (config.embd_dropout, config.attn_dropout, config.resid_dropout)
-    _write_json(
-        folder / "config.json",
-        FIXED
-        | {"architectures": ["GPT2LMHeadModel"], "activation_function": GELU[config.gelu]}
-        | dict(zip(SIZES, sizes, strict=True))
-        | dict(zip(RATES, rates, strict=True))
-        | dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text),
-    )
+    written = FIXED | {"architectures": ["GPT2LMHeadModel"], "activation_function": GELU[config.gelu]}
+    written |= dict(zip(SIZES, sizes, strict=True)) | dict(zip(RATES, rates, strict=True))
+    written |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
+    with new_folder(folder) as unfinished:
+        write_tensors(state, unfinished / "model.safetensors")
+        tokenizer.save(unfinished / OWN_TOKENIZER)
+        if isinstance(tokenizer, BPETokenizer) and (converted := _tokenizer_json(tokenizer)):
+            _write_json(unfinished / "tokenizer.json", converted)
+            described = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": config.context_length,
+            }
+            described |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+            _write_json(unfinished / "tokenizer_config.json", described)
+        _write_json(unfinished / "config.json", written)
 
 
 def import_model(folder: str | Path) -> GPT:
     """The model of a transformers GPT-2 folder, in float32 and evaluation mode. It has all biases and a tied head.
 
     Raises:
-        FileNotFoundError: there is no such folder, no config.json, or no safetensors file in it.
-        ValueError: a file is damaged, or the model is no GPT-2 or one of a kind that this program does not compute.
+        MissingFile: there is no such folder, no config.json, or no safetensors file in it.
+        InputError: a file is damaged, leads out of the folder, or the model is no GPT-2 or one of a kind that this program
+            does not compute.
+        ValueError: it does not fit the memory.
     """
     folder = Path(folder)
     config = _read_config(folder)
+    shapes = _shapes(config)
     with torch.device("meta"):  # no time spent on initial weights
         model = GPT(config)
-    state = _read_state(folder)
+    state = _read_state(folder, shapes)
     own = {}
-    for name, shape in _shapes(config).items():
-        if name not in state:
-            raise ValueError(f"{folder}: the weights lack {name}, which config.json asks for")
+    for name in shapes:
         tensor = state.pop(name)
-        tensor = tensor.T if name.endswith(CONV1D) and tensor.dim() == 2 else tensor
-        if tensor.shape != shape:
-            raise ValueError(
-                f"{folder}: {name} has shape {tuple(tensor.shape)} where config.json makes it {shape}"
-            )
-        own[name] = tensor.to(torch.float32).contiguous()
+        if not torch.isfinite(tensor).all():
+            raise InputError(folder, f"{name} has values that are no finite numbers", AGAIN)
+        own[name] = (tensor.T if name.endswith(CONV1D) else tensor).to(torch.float32).contiguous()
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.float(), own["wte.weight"]):
-        raise ValueError(
-            f"{folder}: the head differs from the embedding; this program reads tied models only"
-        )
-    if state:
-        raise ValueError(f"{folder}: the weights have {min(state)}, which no GPT-2 language model has")
+        raise InputError(folder, "the head differs from the embedding", "this program reads tied models only")
     padding = own["wte.weight"].new_zeros(config.padded_vocab_size - config.vocab_size, config.n_embd)
     own["wte.weight"] = torch.cat([own["wte.weight"], padding])
     model.load_state_dict(own, assign=True)
@@ -147,36 +176,51 @@ def import_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a transformers GPT-2 folder: the one that `export_model` wrote, else GPT-2's own.
 
     Raises:
-        FileNotFoundError: the folder has none, and GPT-2's vocabulary cannot be found elsewhere.
-        ValueError: its tokenizer is of another kind, damaged, or does not fit the model.
+        MissingFile: the folder has none, and GPT-2's vocabulary cannot be found elsewhere.
+        InputError: its tokenizer is of another kind, damaged, or does not fit the model.
     """
     folder = Path(folder)
     tokenizer = _read_tokenizer(folder)
     if tokenizer.vocab_size != (size := _read_config(folder).vocab_size):
-        raise ValueError(
-            f"{folder}: the model has {size} tokens but the tokenizer {tokenizer.vocab_size}; "
-            "import a model together with the tokenizer that it was trained with"
-        )
+        what = f"the model has {size} tokens but the tokenizer {tokenizer.vocab_size}"
+        raise InputError(folder, what, "import a model with the tokenizer that it was trained with")
     return tokenizer
 
 
 def _read_tokenizer(folder: Path) -> Tokenizer:
-    if (folder / OWN_TOKENIZER).is_file():
-        return load_tokenizer(folder / OWN_TOKENIZER)
-    if (file := folder / "merges.txt").is_file():
-        merges = file.read_text(encoding="utf-8", errors="replace")
-    elif (file := folder / "tokenizer.json").is_file():
-        pairs = _read_json(file).get("model", {}).get("merges", [])
+    other = "this program reads GPT-2's own tokenizer and those it exported itself"
+    if (file := _file(folder, OWN_TOKENIZER)).is_file():
+        return load_tokenizer(file)
+    if (file := _file(folder, "merges.txt")).is_file():
+        merges = read_bytes(file, 1 << 20, other).decode(errors="replace")
+    elif (file := _file(folder, "tokenizer.json")).is_file():
+        pairs = read_json(file, _TokenizerJson, other)["model"]["merges"]
         lines = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
         merges = "\n".join(["#version: 0.2", *lines, ""])
     else:
-        return GPT2Tokenizer.find()
+        try:
+            return GPT2Tokenizer.find()
+        except FileNotFoundError:
+            what, put = (
+                "it has no tokenizer, and GPT-2's own is not on this machine",
+                "put its merges.txt there",
+            )
+            raise MissingFile(folder, what, put) from None
     try:
         return GPT2Tokenizer(merges)
     except ValueError:
-        raise ValueError(
-            f"{file} is not GPT-2's own tokenizer; this program reads that one and those it exported itself"
-        ) from None
+        raise InputError(file, "it is not GPT-2's own tokenizer", other) from None
+
+
+def _file(folder: Path, name: str, origin: Path | None = None) -> Path:
+    """The file `name` of the folder, as `inside` allows it. In the cache of the Hugging Face hub the files of a snapshot,
+    models--NAME/snapshots/REVISION, are links into the blobs of the same model."""
+    path, real = folder / name, folder.resolve()
+    if real.parent.name == "snapshots" and real.parents[1].name.startswith("models--"):
+        blobs = real.parents[1] / "blobs"
+        if path.parent == folder and path.is_symlink() and path.resolve().parent == blobs:
+            return path
+    return inside(folder, name, origin or path)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -192,56 +236,91 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _read_config(folder: Path) -> ModelConfig:
-    if not (folder / "config.json").is_file():
-        what = "has no config.json" if folder.is_dir() else "is not a folder"
-        raise FileNotFoundError(f"{folder} {what}; it takes what transformers' save_pretrained writes")
-    found = _read_json(folder / "config.json")
+    takes = "it takes what transformers' save_pretrained writes"
+    if not (file := _file(folder, "config.json")).is_file():
+        what = "it has no config.json" if folder.is_dir() else "it is not a folder"
+        raise MissingFile(folder, what, takes)
+    found: dict[str, Any] = dict(read_json(file, _Config, takes))
     for name, value in FIXED.items():
         if found.get(name, value) != value:
-            raise ValueError(
-                f"{folder}/config.json has {name} = {json.dumps(found[name])}; this program computes GPT-2 as "
-                f"released, with {json.dumps(value)}"
-            )
+            raise InputError(file, f"it has {name} = {json.dumps(found[name])}", _only(json.dumps(value)))
     sizes = [found.get(name, default) for name, default in SIZES.items()]
     rates = [found.get(name, default) for name, default in RATES.items()]
     vocab_size, context_length, n_embd, n_layer, n_head = sizes
     if found.get("n_inner") not in (None, 4 * n_embd):
-        raise ValueError(
-            f"{folder}/config.json has n_inner = {found['n_inner']}; this program computes GPT-2 as released, "
-            f"with a feed-forward of 4 * n_embd = {4 * n_embd}"
-        )
+        what = f"it has n_inner = {found['n_inner']}"
+        raise InputError(file, what, _only(f"a feed-forward of 4 * n_embd = {4 * n_embd}"))
     activation = found.get("activation_function", "gelu_new")
     if activation not in (known := VALUE_ALIASES["gelu"]):
-        raise ValueError(
-            f"{folder}/config.json has activation_function = {json.dumps(activation)}; this program computes {', '.join(known)}"
-        )
+        what = f"it has activation_function = {json.dumps(activation)}"
+        raise InputError(file, what, _only(", ".join(known)))
     dropouts = dict(zip(DROPOUTS, rates, strict=True))
-    return ModelConfig(
-        vocab_size, context_length, n_layer, n_head, n_embd, gelu=known[activation], **dropouts
-    )
-
-
-def _read_state(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of the folder by its name without `transformer.`, the buffers left out."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
-        files = sorted(set(_read_json(index).get("weight_map", {}).values()))
-    else:
-        pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        has = f"only {pickled[0]}, and unpickling a file can run any program" if pickled else "no weights"
-        raise FileNotFoundError(
-            f"{folder} has {has}; this program reads model.safetensors, which transformers' save_pretrained writes"
+    try:
+        return ModelConfig(
+            vocab_size, context_length, n_layer, n_head, n_embd, gelu=known[activation], **dropouts
         )
+    except SettingError as error:
+        raise InputError(file, str(error), takes) from None
+
+
+def _only(what: str) -> str:
+    return f"this program computes GPT-2 as released, with {what}"
+
+
+def _read_state(folder: Path, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The folder's tensors of these names, and its head if it has one, without `transformer.`; in the files' layout.
+
+    All headers are compared with the shapes before any tensor is read.
+    """
+    found: dict[str, tuple[Path, str, Spec]] = {}
+    contents = {file: describe_tensors(file, AGAIN) for file in _weight_files(folder)}
+    for file, content in contents.items():
+        for written, spec in content.items():
+            name = written.removeprefix(PREFIX)
+            if name in found:
+                raise InputError(file, f"{name} is in it and once more in {found[name][0].name}", AGAIN)
+            if not name.endswith(BUFFERS):
+                found[name] = file, written, spec
+    head = {"lm_head.weight": shapes["wte.weight"]}
+    for name, shape in (shapes | {name: head[name] for name in head if name in found}).items():
+        if name not in found:
+            raise InputError(folder, f"the weights lack {name}, which config.json asks for", AGAIN)
+        file, _, (other, dtype) = found[name]
+        stored = shape[::-1] if name.endswith(CONV1D) else shape
+        if other != stored:
+            raise InputError(file, f"{name} has shape {other} where config.json makes it {stored}", AGAIN)
+        if dtype not in READ:
+            what = (
+                f"{name} is {str(dtype).removeprefix('torch.')}, and read are float32, bfloat16 and float16"
+            )
+            raise InputError(file, what, "save the model in one of these")
+    if more := found.keys() - shapes.keys() - head.keys():
+        raise InputError(folder, f"the weights have {min(more)}, which no GPT-2 language model has", AGAIN)
+
+    values = sum(math.prod(shape) for _, _, (shape, _) in found.values())
+    require_memory(
+        torch.device("cpu"), 2 * 4 * values, f"{folder}: a model of {values:,} values", "take a smaller one"
+    )
     state: dict[str, Tensor] = {}
-    for name in files:
-        try:
-            state |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / name} cannot be read ({error}); fetch or export it again") from None
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-    return {name: tensor for name, tensor in named.items() if not name.endswith(BUFFERS)}
+    for file, content in contents.items():
+        read = read_tensors(file, content, AGAIN)
+        state |= {name: read[written] for name, (place, written, _) in found.items() if place == file}
+    return state
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = _file(folder, "model.safetensors.index.json")
+    if (file := _file(folder, "model.safetensors")).is_file():
+        return [file]
+    if index.is_file():
+        names = read_json(index, _Index, AGAIN)["weight_map"].values()
+        return [_file(folder, name, index) for name in sorted(set(names))]
+    pickled = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+    what = f"only {pickled[0]}, and unpickling a file can run any program" if pickled else "no weights"
+    convert = "load it where you trust it: save_pretrained of transformers writes model.safetensors"
+    raise MissingFile(
+        folder, f"it has {what}", convert if pickled else "this program reads model.safetensors"
+    )
 
 
 def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any] | None:
@@ -271,15 +350,5 @@ def _tokenizer_json(tokenizer: BPETokenizer) -> dict[str, Any] | None:
     }
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{file} holds a {type(value).__name__} where an object belongs")
-    return value
-
-
 def _write_json(file: Path, value: dict[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_file(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

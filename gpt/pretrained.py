@@ -85,12 +85,12 @@ class Pretrained:
                 cannot encode, or a text where the model has no tokenizer.
         """
         from .device import pick_dtype
-        from .generate import generate, generate_text
+        from .generate import MAX_SAMPLES, generate, generate_text
 
         model, samples = cast("GPT", self), num_return_sequences
-        if samples < 1:
+        if not 1 <= samples <= MAX_SAMPLES:
             raise ValueError(
-                f"num_return_sequences = {samples} is not allowed; it takes a whole number from 1 up"
+                f"num_return_sequences = {samples} is not allowed; it takes a whole number from 1 to {MAX_SAMPLES}"
             )
         settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         settings |= {"repetition_penalty": repetition_penalty, "seed": seed}

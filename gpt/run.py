@@ -31,8 +31,9 @@ from .checkpoint import (
     warn_of_skipped,
 )
 from .config import ModelConfig, RunConfig
+from .device import require_memory
 from .model import GPT
-from .settings import read_run, require_unused, write_config
+from .settings import require_unused, run_config, write_config
 
 
 @dataclass
@@ -83,7 +84,7 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
         ValueError: a file in it is damaged, or settings, tokenizer and model do not fit together.
     """
     path, checkpoint = located(path)
-    config = RunConfig.from_flat(read_run(path))
+    config = run_config(path)
     tokenizer = load_tokenizer(path / "tokenizer.json")
     require_fit(tokenizer, config.model, path)
     if checkpoint is None:
@@ -97,6 +98,8 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
     if found := differences(state, config, tokenizer.fingerprint()):
         remedy = f"put back the config.toml and tokenizer.json of {checkpoint.name}"
         raise InputError(path, f"it does not fit its checkpoint: {', '.join(found)}", remedy)
+    what = f"{path}: a model of {config.model.parameters:,} parameters"
+    require_memory(torch.device(device), 4 * config.model.parameters, what, "load it on a larger machine")
     with torch.device(device):
         model = GPT(config.model)
     load_model(model, checkpoint)

@@ -6,7 +6,6 @@ This file does not import torch, so a mistake in the settings is reported at onc
 """
 
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, count
@@ -15,16 +14,19 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..data.files import write_file
+from ..data.untrusted import InputError, printable, read_toml
 from .config import (
     DROPOUTS,
     KEYS,
     PRESETS,
     ModelConfig,
     RunConfig,
+    SettingError,
     TrainConfig,
     canonical,
     nearest,
     preset,
+    shown,
 )
 
 DEFAULT_PRESET = "small"
@@ -32,6 +34,7 @@ SECTIONS = ("model", "train")
 TYPES: dict[str, Any] = get_type_hints(ModelConfig) | get_type_hints(TrainConfig)
 # Settings that a resumed run cannot change: its weights or its tokens would no longer fit.
 FIXED = (*(f.name for f in fields(ModelConfig) if f.name not in DROPOUTS), "tokenizer", "bpe_vocab_size")
+MEND = "mend that file; docs/configuration.md lists the settings"
 _TAKES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -104,15 +107,16 @@ def resolve(
     if resume is not None and out is not None and out.resolve() != resume.resolve():
         raise ValueError(f"--out {out} does not go with --resume {resume}: a run continues in its own folder")
     layers = below_flags(preset_name, file, resume)
-    values, origins = merge(*layers, ("flag", _checked(flags, "flags")))
+    values, origins = merge(*layers, ("flag", _checked(flags)))
     run = dict(layers).get(f"run {resume}", {})
     for key in FIXED:
         if key in run and values[key] != run[key]:
             raise ValueError(
-                f"{key} = {values[key]!r} ({origins[key]}) does not fit {resume}, which was begun with {run[key]!r}; "
+                f"{key} = {shown(values[key])} ({origins[key]}) does not fit {resume}, which was begun with {shown(run[key])}; "
                 f"leave it out, or start a new run with another --out"
             )
-    config = RunConfig.from_flat(values)
+    files = {f"run {resume}": Path(f"{resume}", "config.toml"), f"file {file}": file}
+    config = _config(values, {key: files.get(origin) for key, origin in origins.items()})
     if resume is not None:
         return Settings(config, resume, True, origins)
     if out is None:
@@ -129,12 +133,16 @@ def _in_use(folder: Path) -> bool:
 
 def require_unused(folder: Path) -> None:
     """Raise FileExistsError if `folder` is a file or not empty: nothing is ever overwritten."""
-    if (folder / "config.toml").exists():
+    try:
+        used, run = _in_use(folder), (folder / "config.toml").exists()
+    except OSError as error:  # the name is too long, or the folder is another user's
+        raise InputError(folder, f"it cannot be used ({error.strerror})", "choose another folder") from None
+    if run:
         raise FileExistsError(
             f"{folder}: output folder in use, it holds a run; continue that with: gpt train --resume {folder}, "
             "or choose another folder"
         )
-    if _in_use(folder):
+    if used:
         raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
 
 
@@ -152,8 +160,26 @@ def read_run(run: Path) -> dict[str, Any]:
             str(found.parent) for place in (run.parent, Path("runs")) for found in place.glob("*/config.toml")
         ]
         there = f"; there are {', '.join(sorted({*runs})[:5])}" if runs else ""
-        raise FileNotFoundError(f"{run} is not a run: {what}{nearest(str(run), runs) or there}")
+        raise FileNotFoundError(
+            f"{run} is not a run: {what}{nearest(str(run), runs) or there or '; gpt train makes one'}"
+        )
     return read_config(file)
+
+
+def run_config(run: Path) -> RunConfig:
+    """The configuration of the run in the folder `run`. Errors are those of `read_run`."""
+    values = read_run(run)
+    return _config(values, dict.fromkeys(values, run / "config.toml"))
+
+
+def _config(values: Mapping[str, Any], files: Mapping[str, Path | None]) -> RunConfig:
+    """The configuration with these values; an error about a setting names the file that it comes from."""
+    try:
+        return RunConfig.from_flat(values)
+    except SettingError as error:
+        if (file := files.get(error.name)) is None:
+            raise
+        raise InputError(file, str(error), MEND) from None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -162,24 +188,23 @@ def read_config(path: Path) -> dict[str, Any]:
     A float may be written as a whole number; every other value must have exactly the type of its setting.
 
     Raises:
-        ValueError: invalid TOML (the line is named), an unknown section or key (the nearest is named), a wrong type.
-        OSError: the file cannot be read.
+        MissingFile: there is no such file.
+        InputError: the file cannot be read, is no TOML (the line is named), or has an unknown section or key (the nearest
+            is named) or a wrong type.
     """
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # TOMLDecodeError gives line and column, UnicodeDecodeError the position
-        raise ValueError(f"{path}: {error}") from None
     values: dict[str, Any] = {}
-    for name, value in document.items():
+    for name, value in read_toml(path, MEND).items():
         if isinstance(value, dict) and name not in SECTIONS:
-            raise ValueError(
-                f"{path}: unknown section [{name}]{nearest(name, SECTIONS)}; there are [model] and [train]"
-            )
+            what = f"unknown section [{printable(name, 50)}]{nearest(name, SECTIONS)}; there are [model] and [train]"
+            raise InputError(path, what, MEND)
         section = value if isinstance(value, dict) else {name: value}
         if twice := sorted(values.keys() & section.keys()):
-            raise ValueError(f"{path}: {twice[0]!r} is given twice")
+            raise InputError(path, f"{twice[0]!r} is given twice", MEND)
         values |= section
-    return _checked(values, str(path))
+    try:
+        return _checked(values)
+    except ValueError as error:
+        raise InputError(path, str(error), MEND) from None
 
 
 def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> None:
@@ -190,21 +215,24 @@ def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> N
         for key, value in values.items():
             # JSON's numbers, booleans and strings are valid TOML, except that TOML wants DEL escaped
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-            origin = "".join(c if c.isprintable() else "?" for c in origins.get(key, "default"))
+            origin = printable(origins.get(key, "default"), 100)  # a long path may fill no file
             lines.append(f"{f'{key} = {text}':<40}  # from {origin}")
     write_file(path, "\n".join(lines) + "\n")
 
 
-def _checked(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """Translate aliases, check types, and convert whole numbers to float where the setting is one."""
-    result = canonical(values, KEYS, where)
+    result = canonical(values, KEYS)
     for key, value in result.items():
         kind = TYPES[key]
         kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
         if not any(_is_a(value, one) for one in kinds):
             takes = " or ".join(map(_takes, kinds))
-            raise ValueError(f"{where}: {key} = {value!r} is not allowed; it takes {takes}")
-        result[key] = float(value) if kind is float else value
+            raise SettingError(key, f"{key} = {shown(value)} is not allowed; it takes {takes}")
+        try:
+            result[key] = float(value) if kind is float else value
+        except OverflowError:
+            raise SettingError(key, f"{key} = {shown(value)} is too large") from None
     return result
 
 

@@ -84,7 +84,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         OSError: the file cannot be written; it is named.
     """
     try:
-        save_file(dict(tensors), file)
+        save_file(dict(tensors), file, {"format": "pt"})  # transformers asks for it
     except SafetensorError as error:  # which is no OSError, and gives the number in its text only
         if number := re.search(r"os error (\d+)", str(error)):
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error

@@ -4,15 +4,15 @@ and state of the kernels' sources. `train/verify.py` writes it, `gpt doctor` sho
 
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
 
 from .. import __version__, kernels
 from ..data.cache import cache_dir
+from ..data.files import make_folder, write_file
+from ..data.untrusted import InputError, read_json
 from ..kernels._triton import triton
 from .device import driver
 
@@ -20,8 +20,8 @@ from .device import driver
 def read_verdicts(device: torch.device) -> dict[str, str]:
     """The fault of every example that was compared on this device, by the example's operator, size and dtype; "" for none."""
     try:
-        return json.loads(_file(device).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or damaged: they are compared again
+        return read_json(_file(device), dict[str, str], "it is written anew")
+    except InputError:  # none yet, or damaged: they are compared again
         return {}
 
 
@@ -29,11 +29,8 @@ def write_verdicts(device: torch.device, verdicts: dict[str, str]) -> None:
     """Replace what is kept for this device."""
     file = _file(device)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        # another process may read it at any time
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as new:
-            json.dump(verdicts, new, indent=1)
-        os.replace(new.name, file)
+        make_folder(file.parent)
+        write_file(file, json.dumps(verdicts, indent=1))
     except OSError as error:
         print(f"warning: what was found of the kernels is not kept: {error}", file=sys.stderr)
 

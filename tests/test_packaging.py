@@ -163,7 +163,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path, checkout: Pat
             "[console_scripts]",
             "gpt",
             "=",
-            "fusedgpt.gpt.cli:main",
+            "fusedgpt.gpt.__main__:start",
         ]
     [info] = {name.partition("/")[0] for name in names if not name.startswith("fusedgpt/")}
     assert info.endswith(".dist-info")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypedDict
 
 from ..files import make_folder, write_file
-from ..untrusted import InputError, read_json
+from ..untrusted import MAX_JSON, InputError, read_json
 
 END_OF_TEXT = "<|endoftext|>"
 FILE_NAME = "tokenizer.json"
@@ -104,9 +104,13 @@ class TokenizerBase(ABC):
         return hashlib.sha256(self._saved_form()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        path = tokenizer_file(path)
+        path, data = tokenizer_file(path), self._saved_form()
+        if len(data) > MAX_JSON:
+            raise ValueError(
+                f"this vocabulary takes {len(data):,} bytes, and {MAX_JSON:,} can be read back; make a smaller one"
+            )
         make_folder(path.parent)
-        write_file(path, self._saved_form())
+        write_file(path, data)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -1,19 +1,18 @@
 """GPT-2's own tokenizer: 256 bytes, 50,000 merges published by OpenAI as `vocab.bpe`, and `<|endoftext|>` = 50256.
 
-The merges are not part of this program. They come from tiktoken's cache, from a folder, or from the network through
-tiktoken; a saved tokenizer carries them (about half a megabyte), so a run works on a machine that has none of these.
+The merges are not part of this program. They come from tiktoken's cache, from a folder, or from the network into
+that cache; a saved tokenizer carries them (about half a megabyte), so a run works on a machine that has none of these.
 `encoder.json`, published beside `vocab.bpe`, only lists the ids that follow from it and is not read.
 """
 
 import hashlib
 import os
 import tempfile
-import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from ..untrusted import InputError, MissingFile, printable, read_bytes
+from ..cache import writable_cache
+from ..untrusted import InputError, MissingFile, printable, read_bytes, reason
 from .bpe import BPETokenizer
 
 URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
@@ -82,15 +81,17 @@ def _cache() -> Path | None:
 
 
 def _download() -> bytes:
-    from tiktoken.load import read_file_cached
+    from ..download import download  # late, as it is hardly ever needed
 
+    file = (_cache() or writable_cache()) / NAMES[1]
+    remedy = "put that file there as vocab.bpe"
     try:
-        # tiktoken sets no time limit and can hang for minutes, so first see whether there is a network at all.
-        urllib.request.urlopen(URL, timeout=5).close()
-        return read_file_cached(URL, SHA256)
-    except (OSError, HTTPException, ValueError) as error:
+        download(URL, file, MAX_BYTES, SHA256)
+        return read_bytes(file, MAX_BYTES, remedy)
+    except (OSError, InputError) as error:
+        why = error.what if isinstance(error, InputError) else reason(error)
         raise FileNotFoundError(
-            f"GPT-2's vocabulary is not on this machine and cannot be fetched ({printable(error, 80)}). Put {URL} as vocab.bpe "
+            f"GPT-2's vocabulary is not on this machine and cannot be fetched ({printable(why, 100)}). Put {URL} as vocab.bpe "
             "into a folder here; then set TIKTOKEN_CACHE_DIR to that folder, or name the tokenizer gpt2:FOLDER. Text of your "
             "own can do without: --tokenizer bpe trains one on it"
         ) from None

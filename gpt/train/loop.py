@@ -50,7 +50,7 @@ from ..settings import write_config
 from .compilation import compile_step
 from .display import Display, program
 from .interruption import Interrupted, TrainingError, check, collected, until
-from .memory import explained, largest_micro_batch
+from .memory import explained, largest_micro_batch, require_room
 from .precompile import precompile
 from .step import TrainStep
 from .throughput import Speedometer, peak_memory
@@ -213,6 +213,7 @@ def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Run
         verify(config, device)
         largest = largest_micro_batch(config, device)
         config = replace(config, train=replace(config.train, micro_batch=largest))
+    require_room(config, device)
     return config
 
 

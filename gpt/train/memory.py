@@ -11,7 +11,7 @@ import torch
 
 from ...kernels.backend import choose
 from ..config import ModelConfig, RunConfig, TrainConfig
-from ..device import DTYPES
+from ..device import DTYPES, gib, total_memory
 from ..model import GPT
 from ..optim import build_optimizers
 from .interruption import TrainingError
@@ -59,9 +59,8 @@ def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
     r = 4 if settings.float32_residual else a
     probe = torch.empty(0, dtype=DTYPES[settings.dtype], device=device)
     blocks = 12 * layers * c**2
-    vectors = layers * 13 * c + 2 * c
     rows = shape.padded_vocab_size
-    parameters = blocks + vectors + (rows * (1 if shape.tie_weights else 2) + shape.context_length) * c
+    parameters = shape.parameters
     layer = n * (10 * a * c + 2 * r * c + 4 * shape.n_head + 16)
     if choose("gelu_mlp", probe).backend == "torch":
         layer += n * 4 * c * (4 if shape.gelu == "tanh" else a)
@@ -83,7 +82,7 @@ def estimate(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
 def remedies(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> str:
     """Describe the memory of a step, and how much less it takes with each setting that reduces it."""
     need = estimate(shape, settings, device)
-    parts = ", ".join(f"{part} {_gib(size)}" for part, size in asdict(need).items())
+    parts = ", ".join(f"{part} {gib(size)}" for part, size in asdict(need).items())
     options: list[tuple[str, tuple[ModelConfig, TrainConfig]]] = []
     if settings.sequences > 1:
         divisor = next(d for d in range(settings.sequences // 2, 0, -1) if settings.batch_size % d == 0)
@@ -98,16 +97,23 @@ def remedies(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
         shorter = replace(shape, context_length=half)
         options.append((f"--context-length {half} in a new run", (shorter, settings)))
     saved = [(flag, need.total - estimate(*option, device).total) for flag, option in options]
-    helps = ", ".join(f"{flag} {_gib(less)} less" for flag, less in saved if less > 0)
+    helps = ", ".join(f"{flag} {gib(less)} less" for flag, less in saved if less > 0)
     return (
         f"a step of {settings.sequences} x {shape.context_length} tokens in {settings.dtype} needs about "
-        f"{_gib(need.total)} ({parts}). What helps: {helps or 'a smaller model'}"
+        f"{gib(need.total)} ({parts}). What helps: {helps or 'a smaller model'}"
         + (", --micro-batch auto (what fits)" if settings.sequences > 1 else "")
     )
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.1f} GiB"
+def require_room(config: RunConfig, device: torch.device) -> None:
+    """Refuse a run before anything of it is allocated. Its vocabulary, dtype and micro-batch are resolved.
+
+    Raises:
+        TrainingError: by `estimate`, a step needs more than all of the device's memory.
+    """
+    if estimate(config.model, config.train, device).total > (total := total_memory(device)):
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
+        raise TrainingError(f"{name} has {gib(total)}, and {remedies(config.model, config.train, device)}")
 
 
 @contextmanager
@@ -121,7 +127,7 @@ def explained(shape: ModelConfig, settings: TrainConfig, device: torch.device) -
         yield
     except torch.OutOfMemoryError:
         total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        has = f"{torch.cuda.get_device_name(device)} has {_gib(total)}, and " if total else ""
+        has = f"{torch.cuda.get_device_name(device)} has {gib(total)}, and " if total else ""
         raise TrainingError(f"out of memory: {has}{remedies(shape, settings, device)}") from None
 
 

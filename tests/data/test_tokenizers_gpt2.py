@@ -120,6 +120,7 @@ def test_the_vocabulary_comes_through_the_network_into_tiktokens_cache(
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SimpleHTTPRequestHandler, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.setattr("fusedgpt.data.download._require_https", lambda url: None)
     monkeypatch.setattr(gpt2, "URL", f"http://127.0.0.1:{server.server_port}/published.bpe")
     try:
         assert make_tokenizer("gpt2").encode("café") == [66, 1878, 2634]

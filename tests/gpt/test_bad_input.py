@@ -37,6 +37,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("key.toml").write_text("[model]\nn_layr = 3\n")
         Path("type.toml").write_text("steps = true\n")
         Path("micro.toml").write_text("micro_batch = 'many'\n")
+        Path("layers.toml").write_text("n_layer = 10_000_000\n")
+        Path("digits.toml").write_text(f"steps = 0x{'f' * 20_000}\n")
+        Path("float.toml").write_text(f"lr = 1{'0' * 400}\n")
         Path("syntax.toml").write_text("steps = 3\nlr 0.5\n")
 
         torch.manual_seed(0)
@@ -63,6 +66,9 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = CharTokenizer.train(["abc"])
         small.save("shards-range/tokenizer.json")
         export_model(GPT(shape), tokenizer, "hf")
+        shutil.copytree("hf", "hf-layers")
+        file = Path("hf-layers/config.json")
+        file.write_text(file.read_text().replace('"n_layer": 1', '"n_layer": 10000000'))
     return here
 
 
@@ -126,14 +132,44 @@ CASES = {
     "wrong syntax": (f"{TRAIN} --config syntax.toml", ["syntax.toml", "line 2"]),
     "missing TOML file": (f"{TRAIN} --config nil.toml", ["nil.toml"]),
     "heads that do not divide": (f"{TRAIN} --n-head 5 --n-embd 64", ["n_head = 5", "n_embd = 64", "is 4"]),
-    "context 0": (f"{TRAIN} --context-length 0", ["context_length = 0", "from 1 up"]),
+    "context 0": (f"{TRAIN} --context-length 0", ["context_length = 0", "from 1 to 1048576"]),
     "negative learning rate": (f"{TRAIN} --lr -0.1", ["lr = -0.1", "from 0 up"]),
     "negative dropout": (f"{TRAIN} --attn-dropout -0.1", ["attn_dropout = -0.1", "from 0 to below 1"]),
     "negative weight decay": (f"{TRAIN} --weight-decay -1", ["weight_decay = -1.0", "from 0 up"]),
     "learning rate that is no number": (f"{TRAIN} --lr nan", ["lr = nan", "from 0 up"]),
-    "steps 0": (f"{TRAIN} --steps 0", ["steps = 0", "from 1 up"]),
+    "steps 0": (f"{TRAIN} --steps 0", ["steps = 0", "from 1 to"]),
     "micro-batch that does not divide": (f"{TRAIN} --batch-size 8 --micro-batch 3", ["micro_batch = 3", "8"]),
     "micro-batch that is no number": (f"{TRAIN} --config micro.toml", ["micro_batch = 'many'", "or 'auto'"]),
+    # sizes that no memory holds
+    "a width that is too large": (
+        f"{TRAIN} {SMALL} --n-embd 1000000000",
+        ["n_embd = 1000000000", "to 65536"],
+    ),
+    "too many layers": (f"{TRAIN} --config layers.toml", ["layers.toml", "n_layer = 10000000", "to 1024"]),
+    "a context that is too long": (
+        f"{TRAIN} {SMALL} --context-length 9223372036854775807",
+        ["context_length = 9223372036854775807", "to 1048576"],
+    ),
+    "a batch that is too large": (f"{TRAIN} {SMALL} --batch-size 1048577", ["batch_size = 1048577"]),
+    "too many steps": (f"{TRAIN} {SMALL} --steps 1000000001", ["steps = 1000000001"]),
+    "too many epochs": (f"{TRAIN} {SMALL} --epochs 1e300", ["epochs = 1e+300"]),
+    "too many steps in epochs": (f"{TRAIN} {SMALL} --epochs 1e9", ["steps = "]),
+    "too many windows": (f"{TRAIN} {SMALL} --eval-windows 1048577", ["eval_windows = 1048577"]),
+    "a sample that is too long": (f"{TRAIN} {SMALL} --sample-tokens 1048577", ["sample_tokens = 1048577"]),
+    "a vocabulary that is too large": (f"{TRAIN} --bpe-vocab-size 65537", ["bpe_vocab_size = 65537"]),
+    "a number of many digits": (f"{TRAIN} --config digits.toml", ["digits.toml", "steps = ", "4,300 digits"]),
+    "a float of many digits": (f"{TRAIN} --config float.toml", ["float.toml", "lr = ", "too large"]),
+    "a model that needs a thousand machines": (
+        f"{TRAIN} {SMALL} --n-layer 1024 --n-embd 16384",
+        ["this machine has", "GiB", "weights", "optimizer", "What helps"],
+    ),
+    "too many new tokens": ("generate runs/tiny --max-tokens 1048577", ["max_tokens = 1048577"]),
+    "too many samples": ("generate runs/tiny --num-samples 1000000000", ["num_samples = 1000000000"]),
+    "import of too many layers": ("import hf-layers runs/new", ["hf-layers/config.json", "n_layer", "1024"]),
+    # names
+    "a name with escape sequences": ("evaluate runs/\x1b[31mred", ["runs/\\x1b[31mred", "there are runs/"]),
+    "a name of many characters": (f"export runs/tiny {'x' * 3000}", ["xxx", "cannot be used", "too long"]),
+    "a name of two lines": (f"{TRAIN} --data a\nb", ["a\\nb"]),
     # runs
     "missing run": ("generate runs/tin", ["runs/tin", "did you mean 'runs/tiny'"]),
     "folder that is no run": ("evaluate no_text", ["no_text", "config.toml"]),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from fusedgpt.data.tokenizers import BPETokenizer, CharTokenizer, GPT2Tokenizer, WordTokenizer
+from fusedgpt.data.untrusted import InputError
 from fusedgpt.gpt.config import ModelConfig
 from fusedgpt.gpt.generate import generate
 from fusedgpt.gpt.huggingface import export_model, import_model, import_tokenizer, to_transformers
@@ -175,7 +176,7 @@ def test_shards_are_read(theirs: tuple[GPT2LMHeadModel, Path], tmp_path: Path) -
     again = import_model(tmp_path / "shards")
     assert equal(dict(again.named_parameters()), dict(import_model(folder).named_parameters()))
     next((tmp_path / "shards").glob("model-00002*")).unlink()
-    with pytest.raises(ValueError, match="model-00002-of"):
+    with pytest.raises(FileNotFoundError, match="model-00002-of"):
         import_model(tmp_path / "shards")
 
 
@@ -204,7 +205,7 @@ def test_half_precision_becomes_float32(theirs: tuple[GPT2LMHeadModel, Path], tm
 def test_another_architecture_is_refused_by_name(theirs: tuple[GPT2LMHeadModel, Path], change: dict) -> None:
     edit(theirs[1] / "config.json", **change)
     ((name, value),) = change.items()
-    with pytest.raises(ValueError, match=f"config.json has {name} = {json.dumps(value)}"):
+    with pytest.raises(ValueError, match=f"config.json: it has {name} = {json.dumps(value)}"):
         import_model(theirs[1])
 
 
@@ -222,10 +223,10 @@ def test_weights_that_do_not_fit_are_named(theirs: tuple[GPT2LMHeadModel, Path])
     with pytest.raises(ValueError, match=r"have h\.1\."):
         import_model(folder)
     weights.write_bytes(whole[:-8])
-    with pytest.raises(ValueError, match=r"model\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"model\.safetensors: it is damaged"):
         import_model(folder)
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged"):
+    with pytest.raises(ValueError, match=r"config\.json: it is damaged"):
         import_model(folder)
 
 
@@ -236,7 +237,7 @@ def test_missing_files_are_named_and_nothing_is_unpickled(theirs: tuple[GPT2LMHe
         import_model(folder)
     torch.save(other.state_dict(), folder / "pytorch_model.bin")
     with pytest.raises(
-        FileNotFoundError, match=r"only pytorch_model\.bin.*model\.safetensors.*save_pretrained"
+        FileNotFoundError, match=r"only pytorch_model\.bin.*save_pretrained.*model\.safetensors"
     ):
         import_model(folder)
     (folder / "config.json").unlink()
@@ -319,7 +320,7 @@ def test_gpt2s_tokenizer_goes_out_and_comes_back(tmp_path: Path, gpt2_tokenizer_
     (out / "merges.txt").write_text("\n".join(lines), encoding="utf-8")  # as in a folder of the first years
     assert import_tokenizer(out).fingerprint() == gpt2.fingerprint()
     (out / "merges.txt").write_text("\n".join(lines[:-9]), encoding="utf-8")
-    with pytest.raises(ValueError, match=r"merges\.txt is not GPT-2's own"):
+    with pytest.raises(ValueError, match=r"merges\.txt: it is not GPT-2's own"):
         import_tokenizer(out)
     edit(out / "config.json", vocab_size=50304)
     (out / "merges.txt").unlink()
@@ -339,3 +340,148 @@ def test_other_tokenizers_travel_in_our_own_form(tmp_path: Path, tokenizer: Any)
     export_model(random_model(vocab_size=tokenizer.vocab_size), tokenizer, tmp_path / "out")
     assert import_tokenizer(tmp_path / "out").fingerprint() == tokenizer.fingerprint()
     assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+# ---- folders of strangers
+
+
+def indexed(folder: Path, name: str) -> None:
+    """Replace the weights by an index that names one file."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "/outside.safetensors", "link.safetensors", "a\0b"]
+)
+def test_an_index_cannot_lead_out_of_the_folder(
+    theirs: tuple[GPT2LMHeadModel, Path], tmp_path: Path, name: str
+) -> None:
+    _, folder = theirs
+    outside = tmp_path / "outside.safetensors"
+    shutil.copy(folder / "model.safetensors", outside)
+    (folder / "link.safetensors").symlink_to(outside)
+    indexed(folder, str(outside) if name.startswith("/") else name)
+    with pytest.raises(InputError, match=r"index\.json: it names .*which is not in its folder"):
+        import_model(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "merges.txt", "fusedgpt-tokenizer.json"]
+)
+def test_no_file_is_read_through_a_link_out_of_the_folder(
+    theirs: tuple[GPT2LMHeadModel, Path], tmp_path: Path, name: str
+) -> None:
+    _, folder = theirs
+    CharTokenizer("".join(map(chr, range(100, 399)))).save(folder / "fusedgpt-tokenizer.json")
+    if (folder / name).exists():
+        shutil.move(folder / name, tmp_path / "outside")
+    else:
+        (tmp_path / "outside").write_text("#version: 0.2\n")
+        (folder / "fusedgpt-tokenizer.json").unlink()
+    (folder / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match=f"{name}: it names '{name}', which is not in its folder"):
+        (import_tokenizer if name.endswith(("txt", "tokenizer.json")) else import_model)(folder)
+
+
+def test_a_snapshot_in_the_hubs_cache_is_read_through_its_links(
+    theirs: tuple[GPT2LMHeadModel, Path], tmp_path: Path
+) -> None:
+    _, folder = theirs
+    expected = dict(import_model(folder).named_parameters())
+    snapshot = tmp_path / "hub" / "models--some--gpt2" / "snapshots" / "0123abcd"
+    blobs = snapshot.parents[1] / "blobs"
+    for path in (snapshot, blobs, tmp_path / "hub" / "models--other" / "blobs"):
+        path.mkdir(parents=True)
+    for number, file in enumerate(folder.iterdir()):
+        shutil.move(file, blobs / str(number))
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    assert equal(dict(import_model(snapshot).named_parameters()), expected)
+
+    link = snapshot / "model.safetensors"
+    blob = link.resolve()
+    for place in (tmp_path / "hub" / "models--other" / "blobs" / "0", snapshot.parents[1] / "0"):
+        shutil.copy(blob, place)
+        link.unlink()
+        link.symlink_to(place)
+        with pytest.raises(InputError, match="not in its folder"):
+            import_model(snapshot)
+
+
+def test_a_tensor_in_two_files_is_refused(theirs: tuple[GPT2LMHeadModel, Path]) -> None:
+    _, folder = theirs
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "one.safetensors")
+    save_file({"wte.weight": tensors["transformer.wte.weight"]}, folder / "two.safetensors")
+    indexed(folder, "one.safetensors")
+    edit(
+        folder / "model.safetensors.index.json",
+        weight_map={"transformer.wte.weight": "one.safetensors", "wte.weight": "two.safetensors"},
+    )
+    with pytest.raises(InputError, match=r"two\.safetensors: wte\.weight .* once more in one\.safetensors"):
+        import_model(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_other_dtypes_are_refused(theirs: tuple[GPT2LMHeadModel, Path], dtype: torch.dtype) -> None:
+    _, folder = theirs
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.wpe.weight"] = tensors["transformer.wpe.weight"].to(dtype)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: (transformer\.)?wpe\.weight"):
+        import_model(folder)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(theirs: tuple[GPT2LMHeadModel, Path], value: float) -> None:
+    _, folder = theirs
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.1.ln_1.bias"][3] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"h\.1\.ln_1\.bias has values that are no finite numbers"):
+        import_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": "24"}, r"Expected `int`, got `str` - at `\$\.n_embd`"),
+        ({"n_layer": 1 << 40}, "n_layer = 1099511627776"),
+        ({"n_positions": 2**63 - 1}, "context_length = 9223372036854775807"),
+        ({"vocab_size": 10**30}, "vocab_size"),
+        ({"resid_pdrop": 1.5}, "resid_dropout = 1.5"),
+        ({"attn_pdrop": "x"}, r"\$\.attn_pdrop"),
+        ({"n_head": 0}, "n_head = 0"),
+    ],
+)
+def test_a_configuration_of_a_stranger_is_checked(
+    theirs: tuple[GPT2LMHeadModel, Path], changes: dict[str, Any], message: str
+) -> None:
+    edit(theirs[1] / "config.json", **changes)
+    with pytest.raises(InputError, match=rf"config\.json: .*{message}"):
+        import_model(theirs[1])
+
+
+def test_a_model_beyond_the_memory_is_refused_with_the_numbers(
+    theirs: tuple[GPT2LMHeadModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusedgpt.gpt.device.total_memory", lambda _: 100_000)
+    with pytest.raises(
+        ValueError, match=r"a model of [\d,]+ values needs .* GiB of memory, and this machine has"
+    ):
+        import_model(theirs[1])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_nothing(
+    tmp_path: Path, bpe: BPETokenizer, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("fusedgpt.gpt.huggingface._write_json", fail)
+    with pytest.raises(type(error)):
+        export_model(random_model(), bpe, tmp_path / "new" / "out")
+    assert not list((tmp_path / "new").iterdir())

@@ -249,7 +249,11 @@ def test_what_is_written_reads_back(name: str) -> None:
     assert RunConfig.from_flat(read_config(Path("config.toml"))) == config
 
 
-@given(text=st.text(st.characters(exclude_categories=["Cs"])), lr=st.floats(0, 1e30), seed=st.integers())
+@given(
+    text=st.text(st.characters(exclude_categories=["Cs"])),
+    lr=st.floats(0, 1e30),
+    seed=st.integers(0, 2**63 - 1),
+)
 def test_any_value_reads_back_exactly(
     text: str, lr: float, seed: int, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

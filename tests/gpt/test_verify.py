@@ -209,11 +209,14 @@ def test_other_kernels_or_another_version_are_compared_anew(
     assert len(compared) == 3 * count
 
 
-def test_a_damaged_file_is_no_verdict(compared: list[str], cache: Path) -> None:
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"embed": 3}', '{"embed": null}', "[" * 100_000, "\x00", "1"]
+)
+def test_a_damaged_file_is_no_verdict(content: str, compared: list[str], cache: Path) -> None:
     verify(CONFIG, CPU)
     count = len(compared)
     (file,) = (cache / "verified").iterdir()
-    file.write_text(file.read_text()[:-20])
+    file.write_text(content)
     verify(CONFIG, CPU)
     assert len(compared) == 2 * count
     assert set(json.loads(file.read_text()).values()) == {""}
