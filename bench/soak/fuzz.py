@@ -6,10 +6,11 @@ which everything about it is drawn. What counts as a failure is in `judge`.
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -25,7 +26,7 @@ import torch
 
 from ...data import corpus
 from ...gpt.cli import main
-from .judge import MEMORY, Call, Result, judge, limit_time, quiet, status
+from .judge import Call, Result, judge, limit_time, quiet
 from .mutate import WORDS, mutate, mutate_words
 from .targets import TARGETS, Target, make_world, warm
 
@@ -257,14 +258,12 @@ class _World:
         ctypes.CDLL(None).mallopt(
             -8, 1
         )  # M_ARENA_MAX: one more for each thread takes address space of which there is a limit
-        limit = status("VmSize") + 4 * MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         limit_time()
 
     def attempt(self, target: Target, number: int) -> Result:
         """Mutate the target's file, or its command line; call; judge; put everything back."""
         draw = random.Random(f"{target.name}:{number}")
-        before, names = self.files, Path().parts
+        before, names, damaged = self.files, Path().parts, None
         if target.words:
             words = mutate_words(target.words, draw)
             target = replace(target, call=lambda: main(words))
@@ -278,12 +277,14 @@ class _World:
                 return Result("accepted")
             name = draw.choice(found)
             names = Path(name).parts[1:]
-            before = self._mutate(name, target.form, draw)
+            before, damaged = self._mutate(name, target.form, draw)
         call = Call(target.call)
         after = self._scan()
         writes = () if call.error else target.writes
         own = ["world/cache", *(f"world/{name}" for name in writes)]
         result = judge(call, names, _differences(before, after), own)
+        if damaged and call.code == damaged:
+            result = Result("failed", "a damaged file of a checkpoint was used", result.detail)
         self._restore(after)
         if target.name.startswith("cached"):
             self._settle()
@@ -300,8 +301,12 @@ class _World:
             name: (self.root / name).read_bytes() for name, kept in self.files.items() if kept != "/"
         }
 
-    def _mutate(self, name: str, form: str, draw: random.Random) -> _Scan:
-        """Change a file, or what stands in its place; returns what `_scan` would now."""
+    def _mutate(self, name: str, form: str, draw: random.Random) -> tuple[_Scan, str | None]:
+        """Change a file, or what stands in its place.
+
+        Returns:
+            What `_scan` would now, and the name of the checkpoint that must not be used any more.
+        """
         path, data, others = self.root / name, self.bytes[name], list(self.bytes.values())
         form = _FORMS.get(path.suffix, "bytes") if form == "any" else form
         data = mutate(data, form, draw, others)
@@ -317,11 +322,19 @@ class _World:
                 [word for word in WORDS if "/" not in word and "\0" not in word and word != "\ud800"]
             )
             path = path.with_name(f"{word[:80]}{path.name}")
+        written = []
         if kind > 2:
             path.write_bytes(data)
-            os.utime(path, (LONG_AGO + 1, LONG_AGO + draw.randrange(10**6)))
-        changed = {one: self._see(one) for one in (name, str(path.relative_to(self.root)))}
-        return {one: seen for one, seen in {**self.files, **changed}.items() if seen}
+            written.append(path)
+        if kind > 3 and draw.random() < 0.7:
+            written += _seal(path)
+        for one in written:
+            os.utime(one, (LONG_AGO, LONG_AGO + draw.randrange(10**6)))
+        touched = {name, *(str(one.relative_to(self.root)) for one in written)}
+        changed = {one: self._see(one) for one in touched}
+        damaged = path.name != "manifest.json" and len(written) == 1 and data != self.bytes[name]
+        scan = {one: seen for one, seen in {**self.files, **changed}.items() if seen}
+        return scan, path.parent.name if damaged else None
 
     def _see(self, name: str) -> tuple[int, int] | str:
         """The size and time of a file, "/" for a folder, where a link leads, "" for nothing.
@@ -368,6 +381,17 @@ class _World:
             elif name in self.files:
                 path.write_bytes(self.bytes[name])
                 os.utime(path, (LONG_AGO, LONG_AGO))
+
+
+def _seal(file: Path) -> list[Path]:
+    """Let the manifest beside a file of a checkpoint agree with it, as somebody who means harm would; returns the manifest."""
+    manifest = file.with_name("manifest.json")
+    if file == manifest or not manifest.exists():
+        return []
+    content, data = json.loads(manifest.read_bytes()), file.read_bytes()
+    content["files"][file.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.write_text(json.dumps(content))
+    return [manifest]
 
 
 _FORMS = {

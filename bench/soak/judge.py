@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import io
+import resource
 import signal
 import sys
 import traceback
@@ -68,12 +69,13 @@ class Call:
     def __init__(self, function: Callable[[], Any]) -> None:
         self.error: BaseException | None = None
         self.code: object = None
-        memory = status("VmRSS")
+        memory, (_, most) = status("VmRSS"), resource.getrlimit(resource.RLIMIT_AS)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         with quiet() as (out, err):
             try:
                 signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS)
+                resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 3 * MEMORY, most))
                 try:
                     self.code = function()
                 finally:
@@ -83,6 +85,7 @@ class Call:
             except BaseException as error:
                 self.error = error
         signal.setitimer(signal.ITIMER_PROF, 0)  # again: it may have run out just before
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         self.memory = status("VmHWM") - memory
         self.out, self.err = out.getvalue(), err.getvalue()
         self.line = isinstance(self.code, int)  # the command line

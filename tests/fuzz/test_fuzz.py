@@ -73,7 +73,7 @@ PLANTED: dict[str, tuple[Callable[[], object], str]] = {
     "hang": (hang, "over 1 s"),
     "memory": (fill, "over 300 MB"),
     "bomb": (lambda: bytearray(1 << 40), "MemoryError"),
-    "dies": (lambda: os.kill(os.getpid(), signal.SIGSEGV), "the process died: SIGSEGV"),
+    "dies": (lambda: os.kill(os.getpid(), signal.SIGKILL), "the process died: SIGKILL"),
     "exits": (lambda: os._exit(0), "the process died: exit code 0"),
     "code": (lambda: 1, "exit code 1 without an error line"),
     "silent": (lambda: 2, "exit code 2 without an error line"),
