@@ -6,10 +6,11 @@ which everything about it is drawn. What counts as a failure is in `judge`.
 
 import contextlib
 import ctypes
+import hashlib
+import json
 import multiprocessing
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
@@ -25,7 +26,7 @@ import torch
 
 from ...data import corpus
 from ...gpt.cli import main
-from .judge import MEMORY, Call, Result, judge, limit_time, quiet, status
+from .judge import Call, Result, judge, limit_time, quiet
 from .mutate import WORDS, mutate, mutate_words
 from .targets import TARGETS, Target, make_world, warm
 
@@ -76,62 +77,63 @@ def run(
     progress: Callable[[int], object] = lambda done: None,
     targets: Sequence[Target] = SCHEDULE,
 ) -> FuzzReport:
+    """Try inputs in a world of their own. Arguments are those of `try_inputs`."""
+    with made_world() as place:
+        return try_inputs(place, inputs, seed, processes, progress, targets)
+
+
+def try_inputs(
+    place: Path,
+    inputs: int,
+    seed: int,
+    processes: int,
+    progress: Callable[[int], object] = lambda done: None,
+    targets: Sequence[Target] = SCHEDULE,
+) -> FuzzReport:
     """Try inputs number seed · 10⁹, seed · 10⁹ + 1, ... on the targets in turn.
 
     Args:
+        place: of `made_world`.
         inputs: how many.
         seed: of them.
         processes: workers.
         progress: called with the number of inputs done, now and then.
         targets: one for each number; the list starts over at its end.
     """
-    report, first = FuzzReport(), seed * 10**9
-    with _place() as place:
-        shares = [list(range(first + i, first + inputs, processes)) for i in range(processes)]
-        workers = {}
-        for share in shares:
-            worker = _Worker(place, share, targets)
-            workers[worker.connection] = worker
-        done = 0
-        while workers:
-            for connection in [c for c in workers if c in wait(list(workers), 1.0) or workers[c].blocked]:
-                worker = workers[connection]
-                for number, outcome, what in worker.results():
-                    report.add(targets[number % len(targets)].name, number, outcome, what)
-                    done += 1
-                if worker.ended:
-                    del workers[connection]
-                    if worker.left:
-                        worker = _Worker(place, worker.left, targets)
-                        workers[worker.connection] = worker
-            progress(done)
+    report, first, done = FuzzReport(), seed * 10**9, 0
+    shares = [list(range(first + i, first + inputs, processes)) for i in range(processes)]
+    workers = [_Worker(place, share, targets) for share in shares]
+    while workers:
+        wait([worker.connection for worker in workers], 1.0)
+        for i, worker in enumerate(workers):
+            for number, outcome, what in worker.results():
+                report.add(targets[number % len(targets)].name, number, outcome, what)
+                done += 1
+            if worker.ended and worker.left:
+                workers[i] = _Worker(place, worker.left, targets)
+        workers = [worker for worker in workers if not worker.ended]
+        progress(done)
     return report
 
 
-def replay(which: str, targets: Sequence[Target] = TARGETS) -> str:
-    """Try one input, TARGET:NUMBER, again; returns what came of it, with the traceback and the output."""
+def replay(which: str) -> str:
+    """Try one input again in a world of its own. Argument and result are those of `try_again`."""
+    with made_world() as place:
+        return try_again(place, which)
+
+
+def try_again(place: Path, which: str, targets: Sequence[Target] = TARGETS) -> str:
+    """What comes of the input `which`, TARGET:NUMBER, with the traceback and the output."""
     name, _, number = which.rpartition(":")
     target = next((target for target in targets if target.name == name), None)
     if target is None or not number.isdecimal():
         raise ValueError(f"--replay {which}: it takes TARGET:NUMBER, as the table of failures shows it")
-    with _place() as place:
-        parent, child = _FORK.Pipe()
-
-        def work() -> None:
-            with quiet():
-                result = _World(place / "pristine", place / "replayed").attempt(target, int(number))
-            child.send((f"{result.outcome} {result.what}", result.detail))
-
-        process = _FORK.Process(target=work)
-        process.start()
-        child.close()
-        try:
-            text = "\n".join(parent.recv())
-        except EOFError:
-            process.join()
-            text = f"the process ended with exit code {process.exitcode}"
-        process.join()
-    return text
+    worker = _Worker(place, [int(number)], [target], details=True)
+    while not (found := list(worker.results())):
+        wait([worker.connection])
+    worker.process.join()
+    _, outcome, what = found[0]
+    return f"{outcome} {what}"
 
 
 # ---- workers
@@ -140,8 +142,8 @@ _FORK = multiprocessing.get_context("fork")
 
 
 @contextlib.contextmanager
-def _place() -> Iterator[Path]:
-    """A folder in memory with the world in it, in its folder `pristine`."""
+def made_world() -> Iterator[Path]:
+    """A folder, in memory where there is such, with the files of the world in its folder `pristine`."""
     import matplotlib.backends.backend_agg
     import matplotlib.figure  # noqa: F401  # once, not in every worker
 
@@ -181,11 +183,14 @@ def _surroundings(folder: Path) -> None:
 class _Worker:
     """A process that tries inputs in order and sends what came of each."""
 
-    def __init__(self, place: Path, numbers: list[int], targets: Sequence[Target]) -> None:
-        self.left, self.targets = numbers, targets
+    def __init__(
+        self, place: Path, numbers: list[int], targets: Sequence[Target], details: bool = False
+    ) -> None:
+        self.left = numbers
         self.connection, child = _FORK.Pipe(duplex=False)
         folder = Path(tempfile.mkdtemp(dir=place))
-        self.process = _FORK.Process(target=_work, args=(place / "pristine", folder, numbers, targets, child))
+        arguments = (place / "pristine", folder, numbers, targets, child, details)
+        self.process = _FORK.Process(target=_work, args=arguments)
         self.process.start()
         child.close()
         self.heard = time.monotonic()
@@ -221,13 +226,18 @@ def _cause(code: int | None) -> str:
 
 
 def _work(
-    pristine: Path, folder: Path, numbers: list[int], targets: Sequence[Target], out: Connection
+    pristine: Path,
+    folder: Path,
+    numbers: list[int],
+    targets: Sequence[Target],
+    out: Connection,
+    details: bool,
 ) -> None:
     with quiet():
         world = _World(pristine, folder / "copy")
         for number in numbers:
             result = world.attempt(targets[number % len(targets)], number)
-            out.send((number, result.outcome, result.what))
+            out.send((number, result.outcome, f"{result.what}\n{result.detail}" if details else result.what))
 
 
 # ---- one input
@@ -248,14 +258,12 @@ class _World:
         ctypes.CDLL(None).mallopt(
             -8, 1
         )  # M_ARENA_MAX: one more for each thread takes address space of which there is a limit
-        limit = status("VmSize") + 4 * MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         limit_time()
 
     def attempt(self, target: Target, number: int) -> Result:
         """Mutate the target's file, or its command line; call; judge; put everything back."""
         draw = random.Random(f"{target.name}:{number}")
-        before, names = self.files, Path().parts
+        before, names, damaged = self.files, Path().parts, None
         if target.words:
             words = mutate_words(target.words, draw)
             target = replace(target, call=lambda: main(words))
@@ -269,12 +277,14 @@ class _World:
                 return Result("accepted")
             name = draw.choice(found)
             names = Path(name).parts[1:]
-            before = self._mutate(name, target.form, draw)
+            before, damaged = self._mutate(name, target.form, draw)
         call = Call(target.call)
         after = self._scan()
         writes = () if call.error else target.writes
         own = ["world/cache", *(f"world/{name}" for name in writes)]
         result = judge(call, names, _differences(before, after), own)
+        if damaged and call.code == damaged:
+            result = Result("failed", "a damaged file of a checkpoint was used", result.detail)
         self._restore(after)
         if target.name.startswith("cached"):
             self._settle()
@@ -291,8 +301,12 @@ class _World:
             name: (self.root / name).read_bytes() for name, kept in self.files.items() if kept != "/"
         }
 
-    def _mutate(self, name: str, form: str, draw: random.Random) -> _Scan:
-        """Change a file, or what stands in its place; returns what `_scan` would now."""
+    def _mutate(self, name: str, form: str, draw: random.Random) -> tuple[_Scan, str | None]:
+        """Change a file, or what stands in its place.
+
+        Returns:
+            What `_scan` would now, and the name of the checkpoint that must not be used any more.
+        """
         path, data, others = self.root / name, self.bytes[name], list(self.bytes.values())
         form = _FORMS.get(path.suffix, "bytes") if form == "any" else form
         data = mutate(data, form, draw, others)
@@ -308,10 +322,19 @@ class _World:
                 [word for word in WORDS if "/" not in word and "\0" not in word and word != "\ud800"]
             )
             path = path.with_name(f"{word[:80]}{path.name}")
+        written = []
         if kind > 2:
             path.write_bytes(data)
-        changed = {one: self._see(one) for one in (name, str(path.relative_to(self.root)))}
-        return {one: seen for one, seen in {**self.files, **changed}.items() if seen}
+            written.append(path)
+        if kind > 3 and draw.random() < 0.7:
+            written += _seal(path)
+        for one in written:
+            os.utime(one, (LONG_AGO, LONG_AGO + draw.randrange(10**6)))
+        touched = {name, *(str(one.relative_to(self.root)) for one in written)}
+        changed = {one: self._see(one) for one in touched}
+        damaged = path.name != "manifest.json" and len(written) == 1 and data != self.bytes[name]
+        scan = {one: seen for one, seen in {**self.files, **changed}.items() if seen}
+        return scan, path.parent.name if damaged else None
 
     def _see(self, name: str) -> tuple[int, int] | str:
         """The size and time of a file, "/" for a folder, where a link leads, "" for nothing.
@@ -358,6 +381,17 @@ class _World:
             elif name in self.files:
                 path.write_bytes(self.bytes[name])
                 os.utime(path, (LONG_AGO, LONG_AGO))
+
+
+def _seal(file: Path) -> list[Path]:
+    """Let the manifest beside a file of a checkpoint agree with it, as somebody who means harm would; returns the manifest."""
+    manifest = file.with_name("manifest.json")
+    if file == manifest or not manifest.exists():
+        return []
+    content, data = json.loads(manifest.read_bytes()), file.read_bytes()
+    content["files"][file.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.write_text(json.dumps(content))
+    return [manifest]
 
 
 _FORMS = {

@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import io
+import resource
 import signal
 import sys
 import traceback
@@ -68,19 +69,23 @@ class Call:
     def __init__(self, function: Callable[[], Any]) -> None:
         self.error: BaseException | None = None
         self.code: object = None
-        memory = status("VmRSS")
+        memory, (_, most) = status("VmRSS"), resource.getrlimit(resource.RLIMIT_AS)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         with quiet() as (out, err):
-            signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS)
             try:
-                self.code = function()
+                signal.setitimer(signal.ITIMER_PROF, SECONDS, SECONDS)
+                resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + 3 * MEMORY, most))
+                try:
+                    self.code = function()
+                finally:
+                    signal.setitimer(signal.ITIMER_PROF, 0)
             except SystemExit as error:
                 self.code = error.code
             except BaseException as error:
                 self.error = error
-            finally:
-                signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)  # again: it may have run out just before
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
         self.memory = status("VmHWM") - memory
         self.out, self.err = out.getvalue(), err.getvalue()
         self.line = isinstance(self.code, int)  # the command line
@@ -109,10 +114,10 @@ def judge(call: Call, names: Sequence[str], changed: Sequence[str], writes: Sequ
     """
     faults = []
     refused = call.error is not None or (call.line and call.code != 0)
-    if isinstance(call.error, Hang):
-        faults.append(f"over {SECONDS:.0f} s {_where(call.error)}")
-    elif call.memory > MEMORY:
+    if call.memory > MEMORY:
         faults.append("over 300 MB")
+    elif isinstance(call.error, Hang):
+        faults.append(f"over {SECONDS:.0f} s {_where(call.error)}")
     elif call.error is not None and not _own(call.error):
         faults.append(f"{type(call.error).__name__} {_where(call.error)}")
     if refused and not faults:

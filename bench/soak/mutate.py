@@ -280,12 +280,23 @@ def _safetensors(data: bytes, random: Random) -> bytes:
         header[other + random.choice(("", "x", "|step", "|exp_avg", "\x1b[31m"))] = header.pop(name)
     elif kind == 5:
         claimed = random.choice((0, 1, length - 1, length + 1, len(data), 10**8, 2**31, 2**63, 2**64 - 1))
-    elif kind == 6:  # one tensor fewer, its bytes too
+    elif kind == 6:  # one tensor fewer, or of another size, in a file that is consistent
         a, b = entry["data_offsets"]
-        del header[name]
-        body = body[:a] + body[b:]
-        for one in (header[left] for left in names if left in header):
-            one["data_offsets"] = [place - (b - a) if place >= b else place for place in one["data_offsets"]]
+        n = random.choice((0, 4, (b - a) // 8 * 4, 2 * (b - a)))
+        body = body[:a] + random.randbytes(n) + body[b:]
+        for left in (header[one] for one in names):
+            left["data_offsets"] = [
+                place + n - (b - a) if place >= b else place for place in left["data_offsets"]
+            ]
+        entry |= {"data_offsets": [a, a + n], "shape": [n // 4]}
+        if n == 0 or random.random() < 0.3:
+            del header[name]
+            body = body[:a] + body[a + n :]
+            for left in header.values():
+                if "data_offsets" in left:
+                    left["data_offsets"] = [
+                        place - n if place >= a + n else place for place in left["data_offsets"]
+                    ]
     elif kind == 7:  # another shape or dtype of the same size
         entry["shape"] = random.choice(
             ([math.prod(entry["shape"])], [1, *entry["shape"]], entry["shape"][::-1])

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -45,7 +45,7 @@ class Target:
         name: of the target.
         file: the mutated file, a pattern in the world; "": `words` are mutated instead.
         form: the format of the file, see `mutate.py`.
-        call: reads it.
+        call: reads it; returns the name of the checkpoint that it used, if any, or the command line's exit code.
         words: the command line to mutate.
         writes: beginnings of the names of what a call that succeeds may create or change.
         weight: how often the target is drawn.
@@ -168,12 +168,19 @@ def _import(folder: str) -> Callable[[], Any]:
     return lambda: (huggingface.import_model(folder), huggingface.import_tokenizer(folder))
 
 
-def _resume() -> None:
+def _load() -> str:
+    return f"step-{load_run(Path(RUN)).step:06d}"
+
+
+def _resume() -> str:
     chosen = settings.resolve({"steps": 6}, resume=Path(RUN))
     with ExitStack() as held:
         session = prepare(chosen.config, chosen.out, True, chosen.origins, held)
-        held.enter_context(closing(session.log))
+        held.callback(session.log.close)
+        held.callback(session.writer.close)
+        name = f"step-{session.step.step:06d}"
         session.step()  # with the state that was loaded
+    return name
 
 
 def _metrics() -> None:
@@ -198,11 +205,11 @@ TARGETS = [
     Target("hf-part", f"{SHARDED}/model-1.safetensors", "safetensors", _import(SHARDED), weight=3),
     Target("hf-tokenizer", "tiny-foreign/tokenizer.json", "json", _import("tiny-foreign"), weight=3),
     Target("hf-merges", "tiny-merges/merges.txt", "text", _import("tiny-merges")),
-    Target("run-config", f"{RUN}/config.toml", "toml", lambda: load_run(Path(RUN)), weight=4),
-    Target("run-tokenizer", f"{RUN}/tokenizer.json", "json", lambda: load_run(Path(RUN)), weight=2),
-    Target("run-state", f"{STEP}/state.json", "json", lambda: load_run(Path(RUN)), weight=3),
-    Target("run-weights", f"{STEP}/model.safetensors", "safetensors", lambda: load_run(Path(RUN)), weight=3),
-    Target("run-manifest", f"{STEP}/manifest.json", "json", lambda: load_run(Path(RUN)), weight=3),
+    Target("run-config", f"{RUN}/config.toml", "toml", _load, weight=4),
+    Target("run-tokenizer", f"{RUN}/tokenizer.json", "json", _load, weight=2),
+    Target("run-state", f"{STEP}/state.json", "json", _load, weight=3),
+    Target("run-weights", f"{STEP}/model.safetensors", "safetensors", _load, weight=3),
+    Target("run-manifest", f"{STEP}/manifest.json", "json", _load, weight=3),
     Target("resume-state", f"{STEP}/state.json", "json", _resume, writes=(RUN,), weight=3),
     Target("resume-weights", f"{STEP}/model.safetensors", "safetensors", _resume, writes=(RUN,), weight=2),
     Target("resume-optimizer", f"{STEP}/optimizer.safetensors", "safetensors", _resume, writes=(RUN,), weight=4),
