@@ -35,12 +35,12 @@ def at_step(number: int, action: Action) -> None:
     micro_step, done = TrainStep.micro_step, False
 
     @wraps(micro_step)
-    def replaced(self: TrainStep, *batch: torch.Tensor) -> None:
+    def replaced(self: TrainStep, inputs: torch.Tensor, targets: torch.Tensor) -> None:
         nonlocal done
         if self.step == number and not done:
             done = True
             action()
-        micro_step(self, *batch)
+        micro_step(self, inputs, targets)
 
     TrainStep.micro_step = replaced  # type: ignore[method-assign]
 

@@ -244,7 +244,9 @@ def _content(file: Path) -> Any:
         records = [json.loads(line) for line in data.splitlines()]
         return [[(key, value) for key, value in r.items() if key not in WALL_CLOCK] for r in records]
     if file.name == "state.json":
-        return json.loads(data) | {"files": None}  # sizes of the logs, in which wall-clock fields have other lengths
+        return json.loads(data) | {
+            "files": None
+        }  # sizes of the logs, in which wall-clock fields have other lengths
     if file.name == "manifest.json":
         found = json.loads(data)
         return found | {"files": {name: of for name, of in found["files"].items() if name != "state.json"}}
