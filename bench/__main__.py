@@ -1,4 +1,4 @@
-"""`python -m fusedgpt.bench step | ops | ... | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate | soak`:
+"""`python -m fusedgpt.bench step | ops | ... | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate | saving | soak`:
 the bench suite's command line.
 
 argparse, not tyro as in `gpt`: `gpu` has to run on machines where nothing can be installed.
@@ -40,6 +40,7 @@ FUNCTIONS = {
     "kernels-report": (".gpu.kernels_report", "run_kernels_report"),
     "emulate": (".emulator.run", "run_emulate"),
     "soak": (".soak.run", "run_soak"),
+    "saving": (".step.saving", "run_saving"),
 }
 
 
@@ -86,7 +87,7 @@ def _count(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     description = "What is faster, by how much, on this machine."
     parser = argparse.ArgumentParser(prog="python -m fusedgpt.bench", description=description)
-    names = "ops | step | memory | startup | decode | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate | soak"
+    names = "ops | step | memory | startup | decode | all | counts | data | compare | readme | tiles | gpu | kernels-report | emulate | saving | soak"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
 
     ops = commands.add_parser("ops", help="operators beside others: time, memory, share of the limit")
@@ -235,6 +236,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="instead: break the PTX, N times for each kernel and kind of fault, and count what is noticed",
     )
+
+    saving = commands.add_parser("saving", help="the throughput that a training run loses to its checkpoints")
+    saving.add_argument(
+        "sizes", nargs="*", default=("tiny", "small"), metavar="SIZE", help="(default: tiny small)"
+    )
+    saving.add_argument(
+        "--rounds", type=_count, default=20, help="blocks of steps of each kind (default: 20)"
+    )
+    saving.add_argument("--device", dest="device_name", default="auto", help="auto, cpu, cuda, cuda:N")
+    saving.add_argument("--out", type=Path, metavar="JSON", help="write the record there")
 
     soak = commands.add_parser(
         "soak", help="what a run survives: kill -9, faults, mutated files; half an hour on two cores"

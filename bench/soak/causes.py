@@ -14,7 +14,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,18 @@ Action = Callable[[], Any]
 
 
 def at_step(number: int, action: Action) -> None:
-    """Do something when training begins the step after `number`."""
-    step = TrainStep.__call__
+    """Do something when training begins the step after `number`, which is not 0."""
+    micro_step, done = TrainStep.micro_step, False
 
-    def replaced(self: TrainStep) -> Any:
-        if self.step == number:
+    @wraps(micro_step)
+    def replaced(self: TrainStep, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        nonlocal done
+        if self.step == number and not done:
+            done = True
             action()
-        return step(self)
+        micro_step(self, inputs, targets)
 
-    TrainStep.__call__ = replaced  # type: ignore[method-assign]
+    TrainStep.micro_step = replaced  # type: ignore[method-assign]
 
 
 def on_entering(part: str, time: int, action: Action) -> None:
@@ -183,6 +186,7 @@ def spoil_gradients(first: int, steps: float = math.inf) -> None:
     """Make the gradients of so many steps NaN, those after step `first`."""
     update, spoiled = TrainStep.update, 0
 
+    @wraps(update)
     def replaced(self: TrainStep) -> None:
         nonlocal spoiled
         if self.step >= first and spoiled < steps:
@@ -190,7 +194,6 @@ def spoil_gradients(first: int, steps: float = math.inf) -> None:
             self.gradients.parts[0].fill_(torch.nan)
         update(self)
 
-    replaced.__name__ = "update"
     TrainStep.update = replaced  # type: ignore[method-assign]
 
 

@@ -226,7 +226,7 @@ def _until(pool: ProcessPoolExecutor, until: float, job: Any) -> Iterator[Any]:
 
 
 def _fuzz(inputs: int, seed: int, tally: Tally, progress: Progress) -> None:
-    from . import fuzz  # type: ignore[attr-defined]
+    from . import fuzz
 
     report = fuzz.run(
         inputs, seed, len(os.sched_getaffinity(0)), lambda done: progress(f"inputs {done:,} of {inputs:,}")
