@@ -6,6 +6,7 @@ Mistakes of the user end as one line `error: ...` and exit code 2. Nothing heavy
 import inspect
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
@@ -118,8 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:  # here, where a closed pipe is handled below, and not at the interpreter's exit
             sys.stdout.flush()
         return code or 0
-    except KeyboardInterrupt:  # training has reported what it saved
-        return 130
+    except KeyboardInterrupt as error:  # training has reported what it saved
+        return 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

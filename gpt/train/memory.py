@@ -1,6 +1,7 @@
 """Memory of a training step, by part; the largest micro-batch that fits; and what reduces it."""
 
 import gc
+import os
 from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,17 +113,31 @@ def _gib(size: float) -> str:
 
 @contextmanager
 def explained(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into one that names what helps.
+    """Turn an out-of-memory error of a GPU or a CPU into one that names what helps.
 
     Raises:
-        TrainingError: in place of torch.OutOfMemoryError.
+        TrainingError: in place of torch.OutOfMemoryError, MemoryError and what torch raises for a CPU.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        has = f"{torch.cuda.get_device_name(device)} has {_gib(total)}, and " if total else ""
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        if device.type == "cuda":
+            name, total = (
+                torch.cuda.get_device_name(device),
+                torch.cuda.get_device_properties(device).total_memory,
+            )
+        else:
+            name, total = "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        has = f"{name} has {_gib(total)}, and "
         raise TrainingError(f"out of memory: {has}{remedies(shape, settings, device)}") from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory: you tried to allocate" in str(
+        error
+    )
 
 
 def largest_micro_batch(config: RunConfig, device: torch.device) -> int:
