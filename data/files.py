@@ -4,6 +4,7 @@ What is written gets a temporary name, is flushed, and is renamed last; then the
 itself durable. Every OSError names its file.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -126,8 +127,9 @@ class AppendedFile:
         """Add a record; text as UTF-8.
 
         Raises:
-            OSError: it cannot be written; the file is as before.
+            OSError: it cannot be written, or the file is no longer at its path; it is as before.
         """
+        self.require_in_place()
         data = memoryview(record.encode() if isinstance(record, str) else record)
         before = self.size
         with named(self.path):
@@ -139,6 +141,13 @@ class AppendedFile:
                 with suppress(OSError):
                     self._file.truncate(before)
                 raise
+
+    def require_in_place(self) -> None:
+        """Raise OSError if the file has been removed or moved, or another one is in its place."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if os.path.samestat(self.path.stat(), os.fstat(self._file.fileno())):
+                return
+        raise FileNotFoundError(errno.ENOENT, "removed or moved while it was written", str(self.path))
 
     def close(self) -> None:
         self._file.close()

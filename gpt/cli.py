@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -142,8 +143,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         finally:  # here, where a closed pipe is handled below, and not at the interpreter's exit
             sys.stdout.flush()
         return code or 0
-    except KeyboardInterrupt:  # training has reported what it saved
-        return 130
+    except KeyboardInterrupt as error:  # training has reported what it saved
+        return 128 + getattr(error, "number", signal.SIGINT)
     except BrokenPipeError:  # the reader of the output has closed it
         _discard(sys.stdout)
         return 141

@@ -222,6 +222,11 @@ class TrainConfig:
     """Keep also the checkpoints of every so many-th step; 0: none."""
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in host memory."""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """Where a record or checkpoint cannot be written: stop: end the run, after an attempt to save it; continue: leave that one
+    out."""
+    max_skipped: int = 50
+    """Steps skipped in a row, because their losses or gradients were not finite, that end the run."""
     min_accepted: float = 0.0
     """Tales only: fail if the grammar accepts a smaller fraction of the tales that the trained model writes. A preset's
     value applies only to runs of at least that preset's steps."""
@@ -235,7 +240,14 @@ class TrainConfig:
     def __post_init__(self) -> None:
         whole = {"steps": 1, "batch_size": 1, "log_interval": 1, "eval_interval": 1, "eval_windows": 1}
         whole |= {"save_interval": 1, "keep_checkpoints": 1, "bpe_vocab_size": 257}
-        whole |= {"keep_every": 0, "warmup_steps": 0, "sample_interval": 0, "sample_tokens": 0, "seed": 0}
+        whole |= {
+            "max_skipped": 1,
+            "keep_every": 0,
+            "warmup_steps": 0,
+            "sample_interval": 0,
+            "sample_tokens": 0,
+            "seed": 0,
+        }
         for name, low in whole.items():
             _require_whole(self, name, low)
         for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "z_loss", "epochs"):

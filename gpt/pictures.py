@@ -1,20 +1,21 @@
 """The loss curves of runs, training and validation, as a picture."""
 
-import os
 from pathlib import Path
 
+from ..data.files import replacing
+from ..data.untrusted import InputError, MissingFile, printable
 from .metrics import read_metrics
 
 
 def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
-    """Draw the training and validation loss of runs as a PNG; returns its path.
+    """Draw the training and validation loss of runs as a PNG, with the spikes that the log marks; returns its path.
 
     Args:
         runs: run folders.
         out: the file; by default loss_curve.png in the folder of the first run.
 
     Raises:
-        FileNotFoundError, ValueError: a folder is not a run, or its log holds nothing yet.
+        InputError: a folder is not a run, or its log is damaged or holds nothing yet.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -25,15 +26,19 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
     for i, run in enumerate(runs):
         file = run / "metrics.jsonl"
         if not file.is_file():
-            raise FileNotFoundError(f"{run} is not a run with a log: it has no metrics.jsonl")
+            raise MissingFile(
+                run, "it has no metrics.jsonl", "name the folder of a run that has been trained"
+            )
         records = read_metrics(file)
         training = [(r["step"], r["loss"]) for r in records if "loss" in r]
         validation = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
         if not training and not validation:
-            raise ValueError(f"{file} holds no losses yet")
-        colour, label = colours[i % 10], f"{run.name}: " if len(runs) > 1 else ""
+            raise InputError(file, "it holds no losses yet", "wait for the first line of the log")
+        colour, label = colours[i % 10], f"{_name(run)}: " if len(runs) > 1 else ""
         if training:
             axes.plot(*zip(*training, strict=True), color=colour, alpha=0.45, lw=1, label=f"{label}training")
+        if spikes := [(r["step"], r["highest_loss"]) for r in records if "spike" in r]:
+            axes.plot(*zip(*spikes, strict=True), color=colour, ls="", marker="x", label=f"{label}spike")
         if validation:
             axes.plot(
                 *zip(*validation, strict=True), color=colour, marker="o", ms=3, label=f"{label}validation"
@@ -45,7 +50,7 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
         floor = next((r["best_possible"] for r in reversed(records) if "best_possible" in r), None)
         if floor is not None:
             axes.axhline(floor, color=colour, ls=":", label=f"{label}best possible {floor:.3f}")
-    axes.set(xlabel="step", ylabel="loss, nats a token", title=", ".join(run.name for run in runs))
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=", ".join(map(_name, runs)))
     low, high = axes.dataLim.intervaly
     if high > 5 * low > 0:  # otherwise the first steps take most of the axis
         axes.set_yscale("log")
@@ -61,7 +66,10 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
     axes.legend()
     out = out or runs[0] / "loss_curve.png"
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    os.replace(temporary, out)
+    with replacing(out) as png:
+        figure.savefig(png, format="png", dpi=120)
     return out
+
+
+def _name(run: Path) -> str:
+    return printable(run.name, 60).replace("$", r"\$")  # which would begin a formula

@@ -85,7 +85,7 @@ def _compile(step: TrainStep, shape: ModelConfig) -> str | None:
         raise
     except Exception as error:  # whatever a compiler may throw
         step.forward = step.model
-        step.abandon(0)  # the seed counts whole micro-steps
+        step.abandon()
         cause = getattr(error, "inner_exception", error)  # Dynamo wraps what a backend raises
         return f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}"
     return None
@@ -96,4 +96,4 @@ def _try_out(step: TrainStep, shape: ModelConfig) -> None:
     step.model.train()
     ids = torch.zeros(step.config.sequences, shape.context_length, dtype=torch.int64, device=step.device)
     step.micro_step(ids, ids.clone())  # two tensors: Dynamo compiles anew where one is no longer the other
-    step.abandon(1)
+    step.abandon()

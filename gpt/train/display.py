@@ -5,7 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from rich.console import Console
@@ -14,17 +14,19 @@ from rich.text import Text
 
 from ...data.loader import TokenLoader
 from ...data.shards import TokenShards
+from ...data.untrusted import printable
 from ...kernels import explain
 from ..config import RunConfig
 from ..evaluate import CorpusReport
 from ..model import GPT
+from ..output import Output
 
 
 class Display:
-    """Prints the progress of a run; a context manager around its steps."""
+    """Prints the progress of a run, as long as stdout can be written; a context manager around its steps."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(file=cast(IO[str], Output()), highlight=False, soft_wrap=True)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -45,7 +47,7 @@ class Display:
         self.bar.stop()
 
     def say(self, text: str) -> None:
-        self.console.print(Text(text))
+        self.console.print(Text(printable(text, keep="\n")))
 
     def start(
         self,
@@ -92,7 +94,10 @@ class Display:
 
     def progress(self, record: dict[str, Any], steps: int) -> None:
         """Show the record of a log interval."""
-        numbers = f"loss {record['loss']:.4f}  {_count(record['tokens_per_second'])} tokens/s"
+        loss = f"{record['loss']:.4f}" if "loss" in record else "-"
+        if "spike" in record:
+            loss += f" (spike: {record['highest_loss']:.4f})"
+        numbers = f"loss {loss}  {_count(record['tokens_per_second'])} tokens/s"
         if "mfu" in record:
             numbers += f"  MFU {record['mfu']:.1%}"
         numbers += f"  {record['memory'] / 2**30:.1f} GiB"
@@ -102,8 +107,11 @@ class Display:
             self.say(f"step {record['step']:>{self.width},}/{steps:,}  {numbers}  {_duration(left)} left")
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        line = f"step {record['step']:>{self.width},}  validation loss {record['val_loss']:.4f}"
-        line += f"  perplexity {record['val_perplexity']:,.2f}"
+        line = f"step {record['step']:>{self.width},}  validation loss "
+        if "val_loss" in record:
+            line += f"{record['val_loss']:.4f}  perplexity {record['val_perplexity']:,.2f}"
+        else:
+            line += "is not a finite number"
         if "train_loss" in record:
             line += f"  training loss {record['train_loss']:.4f}"
         if "best_possible" in record:
@@ -111,25 +119,25 @@ class Display:
         self.say(line)
 
     def sample(self, text: str) -> None:
-        self.console.print(Text("    " + text.strip().replace("\n", "\n    "), style="dim"))
+        text = printable(text.strip(), keep="\n\t").replace("\n", "\n    ")
+        self.console.print(Text(f"    {text}", style="dim"))
 
     def end(
         self,
         out: Path,
         steps: int,
-        picture: Path,
         report: CorpusReport | None,
-        loss: float,
+        loss: float | None,
         bits: float | None,
     ) -> None:
-        """The run has ended: its validation loss in nats a token and bits a byte, and what can be done next."""
+        """The run has ended: its validation loss in nats a token and bits a byte where they are known, and what can be done next."""
         if report:
             self.say("\n" + "\n".join(report.lines()))
         elif bits is not None:
             self.say(f"\nvalidation loss: {loss:.4f} nats a token, {bits:.4f} bits a byte")
         gpt = program()
         self.say(
-            f"\nloss curve  {picture}\n"
+            f"\nloss curve  {out / 'loss_curve.png'}\n"
             f"generate    {gpt} generate {out}\n"
             f"go on       {gpt} train --resume {out} --steps {2 * steps}\n"
             f"your text   {gpt} train --data FILE.txt --out runs/mine"

@@ -14,7 +14,6 @@ The call leaves them as one call does.
 """
 
 import math
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..output import warn
 from .verify import reject
 
 MAX_SHAPES = 8  # graphs per function; further shapes run uncaptured
@@ -160,9 +160,7 @@ class Captured:
                     raise cause from None
             self.failed = True
             reason = (str(causes[-1]).strip() or type(causes[-1]).__name__).splitlines()[0]
-            print(
-                f"warning: {self.name} runs without a CUDA graph, kernel by kernel: {reason}", file=sys.stderr
-            )
+            warn(f"{self.name} runs without a CUDA graph, kernel by kernel: {reason}")
             return None
         return _Graph(static, graph)
 

@@ -112,23 +112,34 @@ def require_room(config: RunConfig, device: torch.device) -> None:
         TrainingError: by `estimate`, a step needs more than all of the device's memory.
     """
     if estimate(config.model, config.train, device).total > (total := total_memory(device)):
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
-        raise TrainingError(f"{name} has {gib(total)}, and {remedies(config.model, config.train, device)}")
+        has = f"{_named(device)} has {gib(total)}, and "
+        raise TrainingError(f"{has}{remedies(config.model, config.train, device)}")
+
+
+def _named(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine"
 
 
 @contextmanager
 def explained(shape: ModelConfig, settings: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into one that names what helps.
+    """Turn an out-of-memory error of a GPU or a CPU into one that names what helps.
 
     Raises:
-        TrainingError: in place of torch.OutOfMemoryError.
+        TrainingError: in place of torch.OutOfMemoryError, MemoryError and what torch raises for a CPU.
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-        has = f"{torch.cuda.get_device_name(device)} has {gib(total)}, and " if total else ""
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        has = f"{_named(device)} has {gib(total_memory(device))}, and "
         raise TrainingError(f"out of memory: {has}{remedies(shape, settings, device)}") from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "memory: you tried to allocate" in str(
+        error
+    )
 
 
 def largest_micro_batch(config: RunConfig, device: torch.device) -> int:

@@ -10,7 +10,6 @@ The results are discarded. No random numbers are drawn, so the run's random stat
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import repeat
 from threading import Thread
@@ -43,7 +42,7 @@ def precompile(config: RunConfig, device: torch.device) -> Thread:
         config: the run's, with vocabulary, dtype and micro-batch settled.
         device: to train on.
     """
-    thread = Thread(target=_precompile, args=(config, device))
+    thread = Thread(target=_precompile, args=(config, device), daemon=True)  # a signal waits for no compiler
     thread.start()
     return thread
 
@@ -63,9 +62,11 @@ def _compile(config: RunConfig, device: torch.device) -> None:
     if choose("a training step", probe).backend == "torch":
         return
     calls = operator_calls(config, device)
-    with ThreadPoolExecutor(max(len(calls), 1)) as pool:  # there are none if every operator was found wrong
-        for thread, each in calls.items():
-            pool.submit(_try, thread, run, each)
+    threads = [Thread(target=_try, args=(name, run, each), daemon=True) for name, each in calls.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _try(what: str, work: Callable[..., None], *arguments: Any) -> None:

@@ -6,7 +6,7 @@ replay each as one CUDA graph (`graph.py`) while a CPU calls them:
     micro_step   forward, backward into one flat buffer of gradients; the loss is added up, the dropout seed counted up
     update       the gradients' norm, clipping, AdamW, the loss scale, zeroing: learning rate and all else are tensors
 
-A step whose gradients are not finite changes neither weights nor optimizer; `skipped` counts it.
+A step whose loss or gradients are not finite changes neither weights nor optimizer; `skips` counts it.
 
 The weights are float32 and have no bfloat16 copy: each operator casts what it reads, once in a micro-step. A copy written
 after the update moves as many bytes where a step has one micro-step, 0.74 GB of 184 at GPT-2's size, and would be a second
@@ -67,8 +67,8 @@ class TrainStep:
         self.residual_dtype = torch.float32 if config.float32_residual else self.dtype
         self.step = step
         # the run and the rank in the upper half, micro-steps counted in the lower: no generator state to save
-        base = int.from_bytes(hashlib.sha256(f"{config.seed}/{rank}".encode()).digest()[:3], "big")
-        self.seed = torch.tensor([(base << 32) + step * config.accumulation], device=self.device)
+        self.base = int.from_bytes(hashlib.sha256(f"{config.seed}/{rank}".encode()).digest()[:3], "big") << 32
+        self.seed = torch.tensor([self.base + step * config.accumulation], device=self.device)
 
         def scalar(value: float = 0.0, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.full((), value, dtype=dtype, device=self.device)
@@ -76,10 +76,13 @@ class TrainStep:
         self.gradients = FlatGradients([p for p in model.parameters() if p.requires_grad])
         self.loss = scalar()  # of this step's micro-steps so far
         self.result = torch.zeros(2, device=self.device)  # the last step's loss and gradient norm
-        self.skipped = scalar()
+        self.skips = torch.zeros(2, device=self.device)  # since a line of the log, and in a row at the end
+        self.skipped, self.in_row = self.skips.unbind()
         self.found_inf = scalar()
         self.loss_scale = scalar(FIRST_SCALE if self.dtype == torch.float16 else 1.0)
         self.finite_steps = scalar(dtype=torch.int32)  # since the loss scale last moved
+        self.whole = True  # False within the update: weights and optimizer belong to no step
+        self.launched: list[torch.cuda.Event] = []  # the ends of a GPU's last micro-steps
         self.graphs: dict[str, Captured] = {}  # by the function's name; a bound method here would be a cycle
         if self.device.type == "cuda" and config.cuda_graph == "auto":
             place = Place(self.device)
@@ -88,24 +91,45 @@ class TrainStep:
                 self.graphs["update"] = Captured("the update", place, config.verify)
 
     def __call__(self) -> tuple[Tensor, Tensor]:
-        """Do one step; returns its loss in nats a token and the gradients' norm before clipping, on the device.
+        """Do one step; returns its loss in nats a token and the gradients' norm before clipping, on the device."""
+        self.accumulate()
+        return self.apply()
 
-        Where `batches` raises, the step is abandoned: weights, optimizers and seed are those of the last step.
+    def accumulate(self) -> None:
+        """Add up the gradients of one step.
+
+        Where anything in it raises, the step is abandoned: weights, optimizers and seed are those of the last step.
         """
         self.model.train()
         self.optimizers.set_lr(lr_factor(self.step, self.config))
-        for done in range(self.config.accumulation):
-            try:
-                batch = next(self.batches)
-            except BaseException:
-                self.abandon(done)
-                raise
-            self.run(self.micro_step, *batch)
+        try:
+            for _ in range(self.config.accumulation):
+                self.run(self.micro_step, *next(self.batches))
+                self._keep_up()
+        except BaseException:
+            self.abandon()
+            raise
+
+    def apply(self) -> tuple[Tensor, Tensor]:
+        """Update the weights with what `accumulate` has added up; returns what a step returns."""
         self.before_update()
+        self.whole = False
         self.run(self.update)
         self.step += 1
+        self.whole = True
         loss, norm = self.result.clone()
         return loss, norm
+
+    def _keep_up(self) -> None:
+        """Let the host be two micro-steps ahead of a GPU at most: whoever waits for it, waits for no more than those."""
+        if self.device.type != "cuda":
+            return
+        if len(self.launched) < 2:
+            self.launched.append(torch.cuda.Event(blocking=True))
+        else:
+            self.launched.append(self.launched.pop(0))
+            self.launched[-1].synchronize()  # the micro-step two before this one
+        self.launched[-1].record(torch.cuda.current_stream(self.device))
 
     def run(self, function: Callable[..., None], *inputs: Tensor) -> None:
         """Call `micro_step` or `update`, as a CUDA graph where it has some."""
@@ -119,7 +143,7 @@ class TrainStep:
         if function.__name__ == "micro_step":
             return [*self.gradients.parts, self.loss, self.seed]
         states = [tensor for state in self.optimizers.state().values() for tensor in state.values()]
-        numbers = [self.loss, self.result, self.skipped, self.found_inf, self.loss_scale, self.finite_steps]
+        numbers = [self.loss, self.result, self.skips, self.found_inf, self.loss_scale, self.finite_steps]
         return [*self.gradients.parts, *(p.detach() for p in self.model.parameters()), *states, *numbers]
 
     def micro_step(self, inputs: Tensor, targets: Tensor) -> None:
@@ -139,22 +163,23 @@ class TrainStep:
         self.loss += loss.detach() / self.config.accumulation
         self.seed += 1  # only after the backward, which draws the forward's masks again
 
-    def abandon(self, done: int) -> None:
-        """Throw away what `done` micro-steps have added up."""
+    def abandon(self) -> None:
+        """Throw away what this step's micro-steps have added up."""
         self.loss.zero_()
         self.gradients.zero()
-        self.seed -= done
+        self.seed.fill_(self.base + self.step * self.config.accumulation)
 
     @torch.no_grad()
     def update(self) -> None:
-        """Clip the gradients, update the weights unless a gradient is not finite, and clear the buffer."""
+        """Clip the gradients, update the weights unless loss or gradients are not finite, and clear the buffer."""
         norm = self.gradients.norm() / self.loss_scale
-        self.found_inf.copy_(~torch.isfinite(norm))
+        self.found_inf.copy_(~torch.isfinite(norm + self.loss))
         clip, divisor = self.config.grad_clip, self.loss_scale if self.dtype == torch.float16 else None
         if clip > 0.0:  # 1e-6 as in torch's clip_grad_norm_
             divisor = self.loss_scale * ((norm + 1e-6) / clip).clamp(min=1.0)
         self.optimizers.step(divisor, self.found_inf)
-        self.skipped += self.found_inf
+        self.skips += self.found_inf
+        self.in_row *= self.found_inf
         if self.dtype == torch.float16:
             torch._amp_update_scale_(
                 self.loss_scale, self.finite_steps, self.found_inf, GROWTH, BACKOFF, GROWTH_INTERVAL

@@ -33,8 +33,8 @@ class Speedometer:
     the parameters without position embeddings. A device that is not in PEAK_FLOPS has no MFU.
     """
 
-    def __init__(self, model: ModelConfig, parameters: int, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model: ModelConfig, parameters: int, device: torch.device, step: int = 0) -> None:
+        self.device, self._step = device, step
         self.flops_per_token = 6 * parameters + 12 * model.n_layer * model.n_embd * model.context_length
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         matching = [key for key in PEAK_FLOPS if key in name]
@@ -48,11 +48,16 @@ class Speedometer:
         """Exclude these seconds (of an evaluation, a checkpoint) from the throughput."""
         self._paused += seconds
 
-    def read(self, steps: int, tokens_a_step: int) -> dict[str, float]:
-        """The throughput of the steps since the last reading."""
+    def read(self, step: int, tokens_a_step: int) -> dict[str, float]:
+        """The throughput of the steps since the last reading, up to `step`."""
         seconds = time.perf_counter() - self._start - self._paused
+        steps, self._step = step - self._step, step
         self.start()
-        record = {"tokens_per_second": steps * tokens_a_step / seconds, "seconds_per_step": seconds / steps}
+        record = {
+            "tokens_per_second": steps * tokens_a_step / seconds,
+            "seconds_per_step": seconds
+            / max(steps, 1),  # none, where a resumed run writes the line that failed
+        }
         if self.peak:
             record["mfu"] = self.flops_per_token * record["tokens_per_second"] / self.peak
         return record

@@ -8,7 +8,6 @@ The verdicts are kept (`gpt/verdicts.py`), so a second run compares only what is
 launched again.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 
@@ -20,6 +19,7 @@ from ...kernels.examples import Example, has_one_pass, parity
 from ...kernels.ops.attention.operator import one_pass_tile
 from ..config import RunConfig
 from ..device import DTYPES
+from ..output import warn
 from ..verdicts import read_verdicts, write_verdicts
 from .interruption import TrainingError
 
@@ -84,7 +84,7 @@ def reject(what: str, strict: bool, instead: str = "This run uses plain PyTorch 
     report = f"Please report it with the output of `gpt doctor`: {REPORT}"
     if strict:
         raise TrainingError(f"{what}. --verify strict ends the run here; auto goes on without it. {report}")
-    print(f"warning: {what}. {instead}. {report}", file=sys.stderr)
+    warn(f"{what}. {instead}. {report}")
 
 
 def _examples(config: RunConfig, device: torch.device) -> Iterator[Example]:

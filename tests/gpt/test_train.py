@@ -24,7 +24,7 @@ from fusedgpt.gpt.model import GPT
 from fusedgpt.gpt.optim import build_optimizers
 from fusedgpt.gpt.run import load_run
 from fusedgpt.gpt.settings import resolve
-from fusedgpt.gpt.train import loop
+from fusedgpt.gpt.train import loop, preparation
 from fusedgpt.gpt.train import step as step_module
 from fusedgpt.gpt.train.loop import TrainingError, train
 from fusedgpt.gpt.train.step import TrainStep
@@ -154,7 +154,7 @@ def test_checkpointing_activations_changes_no_loss(config, tmp_path):
     assert losses(tmp_path / "kept") == losses(tmp_path / "recomputed")
 
 
-def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_and_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
 
     class Interrupting(TrainStep):
@@ -163,10 +163,10 @@ def test_ctrl_c_ends_the_step_saves_and_says_how_to_go_on(config, tmp_path, monk
                 os.kill(os.getpid(), signal.SIGINT)
             super().micro_step(inputs, targets)
 
-    monkeypatch.setattr(loop, "TrainStep", Interrupting)
+    monkeypatch.setattr(preparation, "TrainStep", Interrupting)
     with pytest.raises(KeyboardInterrupt):
         train(config, run)
-    assert [p.name for p in checkpoints(run)] == ["step-000005"]
+    assert [p.name for p in checkpoints(run)] == ["step-000004"], "the step in flight is done again"
     assert f"train --resume {run}" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.undo()
     monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
@@ -191,7 +191,7 @@ def test_a_step_interrupted_between_micro_steps_is_done_again_on_resuming(
                 os.kill(os.getpid(), number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "TrainStep", Interrupting)
+        patch.setattr(preparation, "TrainStep", Interrupting)
         with pytest.raises(KeyboardInterrupt):
             train(config, run)
     assert done.count(7) == 2, "the other two micro-steps are not waited for"
@@ -241,7 +241,7 @@ def test_a_slow_step_is_announced_and_measuring_it_changes_nothing(config, tmp_p
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_names_the_way_back(config, tmp_path):
-    with pytest.raises(TrainingError, match=r"loss became nan.*--lr"):
+    with pytest.raises(TrainingError, match=r"no recent loss is a finite number.*--lr"):
         train(with_train(config, lr=1e30, grad_clip=0.0, warmup_steps=0), tmp_path / "run")
 
 
@@ -257,12 +257,14 @@ class Poisoned(TrainStep):
 
 def test_a_skipped_step_is_reported_and_training_goes_on(config, tmp_path, monkeypatch, capsys):
     run = tmp_path / "run"
-    monkeypatch.setattr(loop, "TrainStep", Poisoned)
+    monkeypatch.setattr(preparation, "TrainStep", Poisoned)
     train(with_train(config, log_interval=3), run)
     records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
     assert [record.get("skipped") for record in records] == [1, None, None, None]
     assert all(record["loss"] < 4.0 for record in records), "the other steps' losses"
-    assert "1 of the last 3 steps skipped: their gradients were not finite" in capsys.readouterr().out
+    assert (
+        "1 of the last 3 steps skipped: their losses or gradients were not finite" in capsys.readouterr().out
+    )
 
 
 def test_out_of_memory_says_what_helps_at_the_start_and_later(config, tmp_path, monkeypatch):
@@ -272,14 +274,14 @@ def test_out_of_memory_says_what_helps_at_the_start_and_later(config, tmp_path, 
                 raise torch.OutOfMemoryError("CUDA out of memory")
             super().micro_step(inputs, targets)
 
-    monkeypatch.setattr(loop, "TrainStep", Greedy)
+    monkeypatch.setattr(preparation, "TrainStep", Greedy)
     with pytest.raises(TrainingError, match=r"out of memory: .*4 x 16 tokens.*--micro-batch 2"):
         train(config, tmp_path / "run")
 
     def greedy(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loop, "build_optimizers", greedy)
+    monkeypatch.setattr(preparation, "build_optimizers", greedy)
     with pytest.raises(TrainingError, match=r"out of memory: .*--micro-batch 2"):
         train(config, tmp_path / "other")
 
@@ -338,11 +340,18 @@ def test_damaged_files_are_named(config, tmp_path, capsys):
         load_run(run)
 
 
-def test_resuming_a_finished_run_asks_for_more_steps(config, tmp_path):
+def test_resuming_a_finished_run_reports_again_and_asks_for_more_steps(config, tmp_path, capsys):
     run = tmp_path / "run"
     train(config, run)
-    with pytest.raises(ValueError, match="has done its 12 steps"):
-        train(config, run, resume=True)
+    files = [(run / name).read_bytes() for name in ("metrics.jsonl", "samples.txt")]
+    capsys.readouterr()
+    train(config, run, resume=True)
+    out = capsys.readouterr().out
+    assert "has done its 12 steps; go on with --steps and a larger number" in out
+    assert "validation loss:" in out
+    assert [(run / name).read_bytes() for name in ("metrics.jsonl", "samples.txt")] == files
+    with pytest.raises(ValueError, match="has done 12 steps"):
+        train(with_train(config, steps=11), run, resume=True)
 
 
 def test_epochs_set_the_number_of_steps(config, tmp_path):

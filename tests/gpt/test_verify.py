@@ -18,7 +18,7 @@ from fusedgpt import kernels
 from fusedgpt.gpt import doctor
 from fusedgpt.gpt.config import ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.metrics import read_metrics
-from fusedgpt.gpt.train import loop, precompile
+from fusedgpt.gpt.train import precompile, preparation
 from fusedgpt.gpt.train import verify as module
 from fusedgpt.gpt.train.interruption import TrainingError
 from fusedgpt.gpt.train.loop import train
@@ -327,7 +327,7 @@ def test_the_largest_micro_batch_is_sought_with_verified_kernels(
         seen.append([*replaced()])
         return 1
 
-    monkeypatch.setattr(loop, "largest_micro_batch", largest)
+    monkeypatch.setattr(preparation, "largest_micro_batch", largest)
     with broken("layer_norm", off):
         train(with_train(run_config, micro_batch="auto"), tmp_path / "run")
     assert seen == [["layer_norm"]]
@@ -337,13 +337,13 @@ def test_what_is_known_to_be_wrong_is_not_compiled_ahead(
     run_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ahead: list[set[str]] = []
-    original = loop.precompile
+    original = preparation.precompile
 
     def noted(config: RunConfig, device: torch.device) -> Any:
         ahead.append({*precompile.operator_calls(config, device)})
         return original(config, device)
 
-    monkeypatch.setattr(loop, "precompile", noted)
+    monkeypatch.setattr(preparation, "precompile", noted)
     for run in ("first", "second"):
         with broken("attention", off):
             train(with_train(run_config, steps=1), tmp_path / run)

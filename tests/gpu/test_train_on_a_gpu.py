@@ -231,7 +231,7 @@ def test_nothing_is_left_to_compile_for_the_first_step(
 @pytest.fixture
 def train() -> Callable:
     """`gpt train`, which takes more libraries than a step does."""
-    for package in ("regex", "safetensors", "rich", "matplotlib"):
+    for package in ("regex", "safetensors", "msgspec", "rich", "matplotlib"):
         pytest.importorskip(package)
     from fusedgpt.gpt.train.loop import train
 
