@@ -15,20 +15,23 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import http.client
-import json
 import math
-import os
-import shutil
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+from .cache import cached, identity, remembered
+from .download import download
+from .untrusted import InputError, MissingFile, open_file, parse_json, printable, reason
 
 TALES_TRAIN = 20_000
 TALES_VAL = 500
+MAX_TALES = 100_000_000  # 20 GB of text
+MAX_LINE = 32 << 20  # bytes of a line of .jsonl
+MAX_GROUP = 64 << 20  # bytes of text in a row group of .parquet, or 50 times the file's size
+MAX_TEXT = 4 << 30  # bytes of a .txt file, which is one document
 _TALES_TRAIN_SEED, _TALES_VAL_SEED = 1, 2
 
 
@@ -74,16 +77,19 @@ _DOWNLOADS = {
     ),
 }
 NAMES = ("tales", *_DOWNLOADS, "fineweb10B")
-_COUNTED = {"tales": "tales:20000", "fineweb10B": "fineweb10B:8"}  # names that take a number, with an example
+FINEWEB_SHARDS = 103
+_COUNTED = {"tales": (20_000, MAX_TALES), "fineweb10B": (8, FINEWEB_SHARDS)}  # an example, and the limit
 
 
 def open_corpus(source: str | Path, val_fraction: float = 0.1) -> Corpus:
     """The documents of `source`: a .txt, .jsonl or .parquet file, a folder of them, or a name out of `NAMES`.
 
     `tales:N` asks for N training tales. A name wins over a file of that name; `./tales` is always the file.
-    Raises FileNotFoundError or ValueError with the remedy in its message: for what is missing, empty, binary, not UTF-8
-    or of an unknown kind, and where a download fails. Errors in a folder's
-    later files are raised when these are read.
+
+    Raises:
+        InputError: with the remedy in its message, for what is missing, empty, binary, not UTF-8 or of an unknown kind, and
+            where a download fails. Errors in a folder's later files are raised when these are read.
+        ValueError: `val_fraction` or a number after a name makes no sense.
     """
     if not 0 < val_fraction < 1:
         raise ValueError(f"val_fraction is {val_fraction}: it takes a share between 0 and 1, such as 0.1")
@@ -104,9 +110,14 @@ def split_name(source: str | Path) -> tuple[str | None, int | None]:
     if not colon:
         return name, None
     if name not in _COUNTED:
-        raise ValueError(f"{source!r}: {name} takes no number, write just {name}")
-    if not (number.isascii() and number.isdigit() and int(number) > 0):
-        raise ValueError(f"{source!r}: after the colon comes a positive number, as in {_COUNTED[name]}")
+        raise ValueError(f"{printable(source, 60)!r}: {name} takes no number, write just {name}")
+    example, limit = _COUNTED[name]
+    if not (number.isascii() and number.isdigit() and number.strip("0")):
+        raise ValueError(
+            f"{printable(source, 60)!r}: after the colon comes a positive number, as in {name}:{example}"
+        )
+    if len(number) > 12 or int(number) > limit:
+        raise ValueError(f"{printable(source, 60)!r}: {name} takes at most {limit:,}, as in {name}:{limit}")
     return name, int(number)
 
 
@@ -127,16 +138,30 @@ def _tales(count: int) -> Corpus:
     )
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """What is known of a corpus's files once all of them have been read."""
+
+    sha256: str
+
+
 def _from_files(name: str, path: Path, val_fraction: float) -> Corpus:
     files = _files(path)
+    identities = [identity(file, file.stat()) for file in files]
+    for file, (_, size, *_) in zip(files, identities, strict=True):
+        if file.suffix.lower() == ".txt" and size > MAX_TEXT:
+            what = f"{size / 1e9:,.1f} GB in one document, where {MAX_TEXT / 1e9:.1f} GB are the most"
+            raise InputError(file, what, "split it into a folder of several")
 
     def documents() -> Iterator[str]:
-        for file in files:
+        for file, known in zip(files, identities, strict=True):
             yield from (text for text in _READERS[file.suffix.lower()](file) if text and not text.isspace())
+            if not file.exists() or identity(file, file.stat()) != known:
+                raise InputError(file, "it was changed while it was in use", "begin again")
 
     count = sum(1 for _ in islice(documents(), math.ceil(1 / val_fraction)))
     if not count:
-        raise ValueError(f"{path} is empty: there is no text in it to train on")
+        raise InputError(path, "it is empty: there is no text in it to train on", "give more text")
 
     if count * val_fraction < 1:
 
@@ -152,43 +177,56 @@ def _from_files(name: str, path: Path, val_fraction: float) -> Corpus:
                 if (int((i + 1) * val_fraction) > int(i * val_fraction)) == held_out:
                     yield text
 
-    stats = [(file, file.stat()) for file in files]
-    identity = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    def scan() -> _Contents:
+        digest = hashlib.sha256()
+        for file in files:
+            with open_file(file, "check it") as data:
+                digest.update(file.suffix.lower().encode())
+                digest.update(hashlib.file_digest(data, "sha256").digest())
+        return _Contents(digest.hexdigest())
+
     return Corpus(
         name=name,
-        fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
+        fingerprint=remembered(_Contents, identities, scan).sha256,
         separated=count > 1,
         train_texts=lambda: part(held_out=False),
         val_texts=lambda: part(held_out=True),
         n_bytes=None
         if any(f.suffix.lower() == ".parquet" for f in files)
-        else sum(s.st_size for _, s in stats),
+        else sum(size for _, size, *_ in identities),
     )
 
 
 def _existing(source: str) -> Path:
     """The existing file or folder; otherwise an error that suggests what was meant."""
-    path = Path(source).expanduser()
-    if path.exists():
-        return path
-    if path.suffix.lower() in _READERS or len(path.parts) > 1:
+    path = Path(source)
+    try:
+        path = path.expanduser()
+        if path.exists():
+            return path
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    except (OSError, RuntimeError) as error:  # no permission, a name that is too long, no such user
+        raise InputError(source, f"it cannot be read ({reason(error)})", "check the path") from None
+    if path.suffix.lower() in _READERS or len(path.parts) > 1:
         near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "check the path."
-        raise FileNotFoundError(f"{source}: no such file or folder; {hint}")
+        hint = f"did you mean {path.parent / near[0]}?" if near else "check the path"
+        raise MissingFile(source, "no such file or folder", hint)
     near = difflib.get_close_matches(source.partition(":")[0], NAMES, n=1)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise ValueError(
-        f"{source!r} is neither a file, nor a folder, nor a named corpus.{hint} Names: {', '.join(NAMES)}."
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise InputError(
+        source,
+        "neither a file, nor a folder, nor a named corpus",
+        f"{hint}names: {', '.join(NAMES)}",
     )
 
 
 def _files(path: Path) -> list[Path]:
     supported = ", ".join(_READERS)
-    if path.is_file():
+    if not path.is_dir():
         if path.suffix.lower() not in _READERS:
             what = f"files ending in {path.suffix}" if path.suffix else "files without an ending"
-            raise ValueError(f"{path}: {what} are not supported; give one that ends in {supported}")
+            raise InputError(path, f"{what} are not supported", f"give one that ends in {supported}")
+        open_file(path, "give a file or a folder").close()
         return [path]
     found = [f for f in path.rglob("*") if f.is_file() and not _hidden(f.relative_to(path))]
     files = sorted(f for f in found if f.suffix.lower() in _READERS)
@@ -197,7 +235,7 @@ def _files(path: Path) -> list[Path]:
         holds = (
             f"only {', '.join(endings[:5])}{', ...' if len(endings) > 5 else ''}" if endings else "nothing"
         )
-        raise ValueError(f"{path}: the folder holds no texts ({supported}), {holds}")
+        raise InputError(path, f"the folder holds no texts ({supported}), {holds}", "give another folder")
     return files
 
 
@@ -209,46 +247,60 @@ def _hidden(path: Path) -> bool:
 
 
 def _read_txt(path: Path) -> Iterator[str]:
-    data = path.read_bytes()
-    nul = data.find(0)
-    if nul >= 0:
-        raise ValueError(
-            f"{path}: binary, not text (NUL byte at position {nul:,}). "
-            "If it is UTF-16, convert it: iconv -f UTF-16 -t UTF-8 IN.txt > OUT.txt"
-        )
+    data = bytearray()
+    with open_file(path, "check the file") as file:
+        while block := _read(
+            path, file.read, 1 << 24
+        ):  # a NUL is found before all of a large binary file is in memory
+            data += block
+            nul = data.find(0, len(data) - len(block))
+            if nul >= 0:
+                what = f"binary, not text (NUL byte at position {nul:,})"
+                remedy = "if it is UTF-16, convert it: iconv -f UTF-16 -t UTF-8 IN.txt > OUT.txt"
+                raise InputError(_line(path, data, nul), what, remedy)
     try:
         yield data.decode("utf-8").removeprefix("\ufeff")  # a byte-order mark is not text
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: not valid UTF-8 at byte {error.start:,} (0x{data[error.start]:02x}). "
-            "If it is Latin-1, convert it: iconv -f LATIN1 -t UTF-8 IN.txt > OUT.txt"
-        ) from None
+        what = f"not valid UTF-8 at byte {error.start:,} (0x{data[error.start]:02x})"
+        remedy = "if it is Latin-1, convert it: iconv -f LATIN1 -t UTF-8 IN.txt > OUT.txt"
+        raise InputError(_line(path, data, error.start), what, remedy) from None
+
+
+def _line(path: Path, data: bytearray, position: int) -> str:
+    return f"{path}, line {data.count(10, 0, position) + 1:,}"
+
+
+def _read(path: Path, read: Callable[[int], bytes], size: int) -> bytes:
+    """What `read` of a file gives, its OSError as one that names the file."""
+    try:
+        return read(size)
+    except OSError as error:
+        raise InputError(path, f"it cannot be read ({reason(error)})", "check the disk") from None
+
+
+@dataclass
+class _Record:
+    """A line of .jsonl, as far as it is read."""
+
+    text: str
 
 
 def _read_jsonl(path: Path) -> Iterator[str]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
+    remedy = "each line takes one object with a string 'text' in it, without lone surrogates"
+    number = 0
+    with open_file(path, "check the file") as file:
+        while line := _read(path, file.readline, MAX_LINE + 1):
+            number += 1
+            where = f"{path}, line {number:,}"
+            if len(line) > MAX_LINE:
+                raise InputError(where, f"it has more than {MAX_LINE / 1e6:.0f} MB", "split that document")
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not valid UTF-8 at byte {error.start:,} of the line") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error.msg}); each line takes one object with a field 'text'"
-                ) from None
-            if not isinstance(record, dict) or "text" not in record:
-                holds = (
-                    f"the fields {', '.join(map(repr, record))}"
-                    if isinstance(record, dict)
-                    else type(record).__name__
-                )
-                raise ValueError(
-                    f"{where}: no field 'text' in it, but {holds}; rename the field that holds the text"
-                )
-            yield _checked(record["text"], where)
+                what = f"not valid UTF-8 at byte {error.start:,} of the line"
+                raise InputError(where, what, "convert the file to UTF-8") from None
+            if not text.isspace():
+                yield parse_json(text, _Record, where, remedy).text
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
@@ -256,36 +308,48 @@ def _read_parquet(path: Path) -> Iterator[str]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError:
-        raise ValueError(
-            f"{path}: reading .parquet needs pyarrow: pip install pyarrow, or from a clone pip install -e '.[parquet]'"
-        ) from None
+        remedy = "pip install pyarrow, or from a clone pip install -e '.[parquet]'"
+        raise InputError(path, "reading .parquet needs pyarrow", remedy) from None
+    remedy, row = "write it again, with the text in a column 'text' of strings", 0
     try:
-        table = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    with table:
-        if "text" not in table.schema_arrow.names:
-            raise ValueError(
-                f"{path}: no column 'text', but {', '.join(map(repr, table.schema_arrow.names))}"
-            )
-        row = 0
-        for batch in table.iter_batches(batch_size=1024, columns=["text"]):
-            for value in batch.column(0):
-                row += 1
-                yield _checked(value.as_py(), f"{path}, row {row}")
+        with open_file(path, remedy) as file, pq.ParquetFile(file) as table:
+            _check_parquet(path, table)
+            # few rows at a time: a row of the dictionary may be large and named often
+            for batch in table.iter_batches(batch_size=16, columns=["text"]):
+                for value in batch.column(0):
+                    row += 1
+                    text = value.as_py()
+                    if text is None:
+                        raise InputError(f"{path}, row {row:,}", "there is no text in it", remedy)
+                    yield text
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        what = f"not a readable parquet file ({str(error).splitlines()[0] if str(error) else error!r})"
+        raise InputError(f"{path}, row {row + 1:,}" if row else path, what, remedy) from None
 
 
-def _checked(text: object, where: str) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{where}: 'text' is {type(text).__name__}, not a string")
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{where}: a lone surrogate at character {error.start:,} of 'text', which no UTF-8 can hold"
-            ) from None
-    return text
+def _check_parquet(path: Path, table: Any) -> None:
+    """Raise InputError where a table has no text in it, or claims more of it than a file of its size holds."""
+    import pyarrow as pa
+
+    remedy = "write it again, with the text in a column 'text' of strings"
+    schema, metadata, size = table.schema_arrow, table.metadata, path.stat().st_size
+    if "text" not in schema.names:
+        names = ", ".join(repr(printable(name, 20)) for name in schema.names[:5])
+        raise InputError(path, f"no column 'text', but {names}", remedy)
+    kind = schema.field("text").type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise InputError(path, f"its column 'text' is {printable(kind, 40)}, not string", remedy)
+    if metadata.num_rows > 100 * size:
+        raise InputError(path, f"it claims {metadata.num_rows:,} rows in {size:,} bytes", remedy)
+    for i in range(metadata.num_row_groups):
+        group = metadata.row_group(i)
+        for column in map(group.column, range(group.num_columns)):
+            claimed = column.total_uncompressed_size
+            if column.path_in_schema == "text" and not 0 <= claimed <= max(MAX_GROUP, 50 * size):
+                what = f"row group {i} claims {claimed:,} bytes of text in a file of {size:,} bytes"
+                raise InputError(path, what, remedy)
 
 
 _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
@@ -295,102 +359,17 @@ _READERS: dict[str, Callable[[Path], Iterator[str]]] = {
 }
 
 
-# ---- the user's cache and what is downloaded into it
-
-
-def cache_dir() -> Path:
-    """`$FUSEDGPT_CACHE`, else `$XDG_CACHE_HOME/fusedgpt`, else `~/.cache/fusedgpt`. Safe to delete at any time."""
-    if own := os.environ.get("FUSEDGPT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedgpt"
+# ---- what is downloaded
 
 
 def _fetch_text(name: str) -> Path:
     """The named text in the cache, downloaded if necessary. A file put there by hand is checked like a download."""
-    remote, path = _DOWNLOADS[name], cache_dir() / f"{name}.txt"
+    remote, path = _DOWNLOADS[name], cached(f"{name}.txt")
     if not path.exists():
         download(remote.url, path, max_bytes=remote.size, sha256=remote.sha256)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    with open_file(path, "put the text there") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != remote.sha256:
-        raise ValueError(
-            f"{path}: this is not the {name} that is known here (sha256 {found}, expected {remote.sha256}). "
-            "Delete it to have it downloaded again, or give your own file by its path."
-        )
+        what = f"not the {name} that is known here (sha256 {found[:16]}..., expected {remote.sha256[:16]}...)"
+        raise InputError(path, what, "delete it to have it downloaded again, or name a file of your own")
     return path
-
-
-def download(
-    url: str,
-    path: Path,
-    max_bytes: int,
-    sha256: str | None = None,
-    check: Callable[[Path], object] | None = None,
-    timeout: float = 30,
-) -> None:
-    """Download `url` to `path`, which appears only when complete and verified.
-
-    More than `max_bytes`, another `sha256`, or a `check(file)` that raises: ValueError. No network: FileNotFoundError that
-    names where to put the file by hand. Progress is shown on a terminal. Several processes may do this at once.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    digest = hashlib.sha256()
-    try:
-        with (
-            urllib.request.urlopen(url, timeout=timeout) as response,
-            part.open("wb") as file,
-            Progress(*columns, console=Console(stderr=True), transient=True) as progress,
-        ):
-            promised = int(response.headers.get("Content-Length") or 0)
-            free = shutil.disk_usage(path.parent).free
-            if promised > free:
-                raise ValueError(
-                    f"{path.parent}: {promised / 1e9:.1f} GB to download, {free / 1e9:.1f} GB free; set FUSEDGPT_CACHE"
-                )
-            task = progress.add_task(path.name, total=promised or None)
-            while block := response.read(1 << 20):
-                file.write(block)
-                digest.update(block)
-                progress.advance(task, len(block))
-                if max(promised, file.tell()) > max_bytes:
-                    raise ValueError(
-                        f"{url} is larger than the {max_bytes:,} bytes it may have; nothing was kept"
-                    )
-            if file.tell() < promised:
-                raise ConnectionError(f"the connection ended after {file.tell():,} of {promised:,} bytes")
-            file.flush()
-            os.fsync(file.fileno())
-        if sha256 and digest.hexdigest() != sha256:
-            raise ValueError(
-                f"{url}: what came has sha256 {digest.hexdigest()}, expected {sha256}; nothing was kept. "
-                f"Something between here and there changes it: fetch it another way and put it at {path}"
-            )
-        if check:
-            check(part)
-        os.replace(part, path)
-    except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
-        checksum = f" (sha256 {sha256})" if sha256 else ""
-        why = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
-        raise FileNotFoundError(
-            f"could not download {url}: {why}. "
-            f"Without a network, put that file at {path}{checksum}, or train on a file of your own: --data FILE"
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)

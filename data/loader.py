@@ -14,18 +14,26 @@ Documents. A model that generates documents shorter than its context should see 
 
 from __future__ import annotations
 
+import copy
 import queue
 import threading
+import time
 import weakref
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from .windows import Batch, Shard, Tiling
+from .token_file import TokenFile, checksum
+from .untrusted import InputError, printable
+from .windows import Batch, Shard, Tiling, tokens_of
 
 _BUFFERS = 4  # batches read ahead: enough to hide drawing the next epoch's order
+_POLL = 0.5  # seconds between looks at the thread
+PATIENCE = 300.0  # seconds without a batch until its thread is given up
 
 
 class WindowOrder:
@@ -47,21 +55,26 @@ class WindowOrder:
 
     def fill(self, first: int, out: np.ndarray) -> None:
         """Write windows first, first + 1, ... as out[0] = inputs, out[1] = targets; out is (2, B, context_length)."""
+        tiling, length, starts = self.tiling, self.context_length, {}
+        windows = np.empty((out.shape[1], length + 1), tiling.dtype)  # widened at once, not row by row
         for row in range(out.shape[1]):
             epoch, index = divmod(first + row, self.n_windows)
             if epoch != self._epoch:
                 self._draw(epoch)
-            shard, place = self.tiling.find(int(self._permutation[index]))
-            tokens, length = self.tiling.tokens[shard], self.context_length
-            start = (int(self._phases[shard]) + place * length) % len(tokens)
-            before = tokens[max(0, start - length + 1) : start + 1]
+            shard, place = tiling.find(int(self._permutation[index]))
+            count = len(tiling.tokens[shard])
+            start = starts[shard] = (int(self._phases[shard]) + place * length) % count
+            back = 0 if self.document_start is None else min(length - 1, start)
+            span = tiling.read(shard, start - back, min(start + length + 1, count))
             if self.document_start is not None:
-                found = np.flatnonzero(before == self.document_start)
-                start -= len(before) - 1 - int(found[-1]) if len(found) else 0
-            span = tokens[start : start + length + 1]
+                (found,) = (span[: back + 1] == self.document_start).nonzero()
+                at = int(found[-1]) if len(found) else back
+                span = span[at : at + length + 1]
             if len(span) <= length:
-                span = np.concatenate([span, tokens[: length + 1 - len(span)]])
-            out[0, row], out[1, row] = span[:-1], span[1:]
+                span = np.concatenate([span, tiling.read(shard, 0, length + 1 - len(span))])
+            windows[row] = span
+        out[0], out[1] = windows[:, :-1], windows[:, 1:]
+        tiling.check(starts)
 
     def _draw(self, epoch: int) -> None:
         # RandomState's streams never change; a Generator's may change with numpy, and with them a resumed run
@@ -71,20 +84,16 @@ class WindowOrder:
         self._epoch = epoch
 
 
-def checksum(shards: Iterable[np.ndarray]) -> int:
-    """A number that tells texts apart by the length and the first tokens of their shards, at no cost for large ones."""
-    crc = 0
-    for tokens in shards:
-        crc = zlib.crc32(f"{len(tokens)} {tokens[:1024].tolist()}".encode(), crc)
-    return crc
-
-
 class TokenLoader:
     """An endless iterator of (inputs, targets): two int64 tensors (batch_size, context_length) on `device`.
 
     `shards` are shard files or token arrays; the order is that of the module's docstring. On a GPU a thread reads ahead into
-    pinned memory and the copies run on their own stream; on a CPU batches are read on request. Raises
-    ValueError where no shard holds a window (`part` names the shards in it).
+    pinned memory and the copies run on their own stream; on a CPU batches are read on request. The content of `validation`
+    is saved and compared with that of `shards`, so that losses before and after resuming can be compared.
+
+    Raises:
+        ValueError: no shard holds a window (`part` names the shards in it).
+        InputError: a shard cannot be read; with its file and position, also where it changes while batches are taken.
     """
 
     def __init__(
@@ -98,6 +107,7 @@ class TokenLoader:
         device: torch.device | str = "cpu",
         part: str = "training",
         document_start: int | None = None,
+        validation: Sequence[Shard] = (),
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: it takes at least 1")
@@ -106,6 +116,10 @@ class TokenLoader:
         if seed < 0:
             raise ValueError(f"seed is {seed}: it takes 0 or more")
         self._order = WindowOrder(shards, context_length, seed, part, document_start)
+        for tokens in self._order.tiling.tokens:
+            if isinstance(tokens, TokenFile):
+                tokens.content()  # known from now on: a file that is touched but the same goes on being read
+        self._validation = checksum(map(tokens_of, validation))
         self._shape = (2, batch_size, context_length)
         self._offset, self._step = rank * batch_size, world_size * batch_size
         self.device = torch.device(device)
@@ -132,7 +146,8 @@ class TokenLoader:
                 buffers = [
                     torch.empty(self._shape, dtype=torch.int64, pin_memory=True) for _ in range(_BUFFERS)
                 ]
-                self._ahead = _ReadAhead(self._order.fill, first, self._step, buffers, self.device)
+                # an order of its own: should the thread hang, it disturbs nobody
+                self._ahead = _ReadAhead(copy.copy(self._order).fill, first, self._step, buffers, self.device)
             batch = self._ahead.take()
         else:
             batch = torch.empty(self._shape, dtype=torch.int64)
@@ -141,21 +156,38 @@ class TokenLoader:
         self.position += self._step
         return batch[0], batch[1]
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """What resuming takes: the number of windows handed out (to all ranks; read-ahead does not count), and what the
-        order depends on. Batch size and ranks may differ when it is loaded."""
-        return {"position": self.position, **self._identity()}
+        order depends on, with a sha256 over all tokens. Batch size and ranks may differ when it is loaded."""
+        return {"position": self.position, **self._identity}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue at a saved position. Raises ValueError where seed, context length or data are not those of the state."""
-        names = {"n_windows": "number of windows", "data": "text's checksum"}
-        for key, value in self._identity().items():
-            if state.get(key) != value:
-                raise ValueError(
-                    f"cannot continue in the training data: its {names.get(key, key)} is {value}, and was {state.get(key)} "
-                    "when the run was saved. Resume with the same data, seed and context length."
-                )
-        self.seek(int(state["position"]))
+    def load_state_dict(self, state: Mapping[str, Any], origin: str | Path = "the loader's state") -> None:
+        """Continue at a saved position.
+
+        Args:
+            state: of `state_dict`.
+            origin: the file that it comes from, for messages.
+
+        Raises:
+            InputError: seed, context length or data are not those of the state, all of which are named, or it is no state.
+        """
+        names = {
+            "n_windows": "number of windows",
+            "data": "training tokens",
+            "validation": "validation tokens",
+        }
+        differences = [
+            f"{names.get(key, key)} {_short(state.get(key))}, now {_short(value)}"
+            for key, value in self._identity.items()
+            if state.get(key) != value
+        ]
+        remedy = "resume with the same data, seed and context length"
+        if differences:
+            raise InputError(origin, f"cannot continue in these data: {'; '.join(differences)}", remedy)
+        position = state.get("position")
+        if type(position) is not int or not 0 <= position < 1 << 62:
+            raise InputError(origin, f"the position in the data is {_short(position)}", remedy)
+        self.seek(position)
 
     def seek(self, position: int) -> None:
         """Continue at an earlier or later `position` of this loader."""
@@ -164,15 +196,21 @@ class TokenLoader:
             self._ahead = None
         self.position = position
 
-    def _identity(self) -> dict[str, int]:
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
         order = self._order
         return {
+            "data": checksum(order.tiling.tokens),
+            "validation": self._validation,
             "seed": order.seed,
             "context_length": order.context_length,
             "n_windows": order.n_windows,
             "document_start": -1 if order.document_start is None else order.document_start,
-            "data": checksum(order.tiling.tokens),
         }
+
+
+def _short(value: object) -> str:
+    return "missing" if value is None else printable(value, 12)
 
 
 class _ReadAhead:
@@ -195,6 +233,7 @@ class _ReadAhead:
         for buffer in buffers:
             self._free.put(buffer)
         self._device = device
+        self._window, self._step = first, step  # of the next batch
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._copied: list[tuple[torch.cuda.Event, torch.Tensor]] = []
         self._thread = threading.Thread(
@@ -212,10 +251,11 @@ class _ReadAhead:
             copied.synchronize()  # issued one batch ago on a stream that waits for no computation: no wait in practice
             self._free.put(done)
         self._copied.clear()
-        buffer = self._ready.get()
+        buffer = self._next()
         if isinstance(buffer, BaseException):
             self._ready.put(buffer)  # the thread has ended: raise the same error at every further call
             raise buffer
+        self._window += self._step
         if self._stream is None:
             batch = buffer.clone()
             self._free.put(buffer)
@@ -229,10 +269,32 @@ class _ReadAhead:
         batch.record_stream(current)
         return batch
 
+    def _next(self) -> torch.Tensor | BaseException:
+        """What the thread delivers; an error where it does not, because it is gone or waits for a disk."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            alive = self._thread.is_alive()  # before looking: what it delivered last must be found
+            try:
+                return self._ready.get(timeout=_POLL if alive else 0)
+            except queue.Empty:
+                pass
+            if not alive:
+                what = "the thread that reads it ahead has ended"
+                return InputError(
+                    f"training data, window {self._window:,}", what, "go on with: gpt train --resume RUN"
+                )
+            if time.monotonic() > end:
+                what = f"no batch could be read for {PATIENCE:,.0f} s"
+                return InputError(
+                    f"training data, window {self._window:,}",
+                    what,
+                    "look at the disk that holds it, then resume",
+                )
+
     def close(self) -> None:
-        """End the thread; it no longer accesses its data when this returns."""
+        """End the thread; one that hangs is left alone after a while."""
         self._stop()
-        self._thread.join()
+        self._thread.join(_POLL * 10)
 
 
 def _read_ahead(

@@ -1,8 +1,7 @@
-"""Tokens on disk: shards in the llm.c format, written atomically, read by memory map, kept in the user's cache.
+"""A corpus as a folder of token shards, verified by sha256; text is tokenised into one in the user's cache.
 
-A shard is 256 little-endian int32 (magic 20240520, version 1, number of tokens, zeros) and then that many uint16 token ids
-(https://github.com/karpathy/llm.c, dev/data/data_common.py). A folder of shards holds `train_000000.bin`, ...,
-`val_000000.bin`, ..., the `tokenizer.json` they were made with, and `meta.json` with facts about the texts.
+A folder holds shards (token_file.py) `train_000000.bin`, ..., `val_000000.bin`, ..., the `tokenizer.json` they were made
+with, and `meta.json` with facts about the texts and the shards' sha256.
 
 If a corpus has several documents, each is preceded by the end-of-text id and the last is followed by one more:
 a window that starts at a document starts with end-of-text, which is also the prompt for a new document.
@@ -13,31 +12,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
-import struct
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .corpus import Corpus, cache_dir, download, open_corpus, split_name
+from .cache import cached, writable_cache
+from .corpus import FINEWEB_SHARDS, Corpus, open_corpus, split_name
+from .download import download
+from .files import new_folder, remove_folder, write_file
+from .token_file import HEADER_BYTES, SHARD_SIZE, check_range, open_shard, write_shards
 from .tokenizers.base import bounded_parts
+from .untrusted import InputError, printable, read_bytes, read_json
 
 if TYPE_CHECKING:
     from .tokenizers import Tokenizer
 
-MAGIC, VERSION = 20240520, 1
-HEADER_BYTES = 1024
-SHARD_SIZE = 100_000_000  # tokens; 200 MB per file, like the public FineWeb shards
-_FORMAT = 1  # version of what tokenize() writes; a new number leaves older caches unused
-_CHUNK = 1 << 24  # tokens scanned in one go
+_FORMAT = 2  # version of what tokenize() writes; a new number leaves older caches unused
 _FINEWEB_URL = "https://huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main"
-_FINEWEB_SHARDS = 103
 
 
 @dataclass(frozen=True)
@@ -61,116 +58,6 @@ class TokenShards:
         return self.val_bytes / self.val_tokens if self.val_bytes else None
 
 
-# ---- one shard
-
-
-def open_shard(path: str | Path) -> np.ndarray:
-    """The tokens of a shard: (n,) uint16, read-only, paged in from the file as they are used.
-
-    Raises FileNotFoundError for a missing file, ValueError for a foreign, truncated or empty one.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such token shard")
-    with path.open("rb") as file:
-        header = file.read(HEADER_BYTES)
-    magic, version, count = struct.unpack_from("<3i", header.ljust(12, b"\0"))
-    if magic != MAGIC:
-        swapped = struct.unpack_from(">i", header.ljust(4, b"\0"))[0] == MAGIC
-        what = (
-            "a token shard in big-endian byte order"
-            if swapped
-            else f"not a token shard (no magic number {MAGIC})"
-        )
-        raise ValueError(f"{path}: {what}. Make shards from text with: gpt tokenize FILE --out FOLDER")
-    if version != VERSION:
-        raise ValueError(
-            f"{path}: token shard of version {version}; only version {VERSION} (uint16 tokens) can be read"
-        )
-    expected, actual = HEADER_BYTES + 2 * count, path.stat().st_size
-    if actual != expected:
-        state = "truncated" if actual < expected else "too long"
-        raise ValueError(
-            f"{path}: token shard is {state}: {actual:,} bytes, where its header's {count:,} tokens make {expected:,}. "
-            "Delete it, then copy, download or tokenise it again."
-        )
-    if count == 0:
-        raise ValueError(f"{path}: token shard without tokens. Delete it, then tokenise its text again.")
-    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,)).view(np.ndarray)
-
-
-def write_shards(
-    chunks: Iterable[np.ndarray], folder: str | Path, split: str, shard_size: int = SHARD_SIZE
-) -> list[Path]:
-    """Write a stream of token arrays as `{split}_000000.bin`, ... of `shard_size` tokens each, the last one shorter.
-
-    Only one chunk is held in memory. A file appears under its name only when complete, so a crash leaves no partial
-    shard. Ids outside uint16 raise ValueError. Returns the files; none where there are no tokens.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    stream = (part for chunk in chunks if len(part := _as_uint16(chunk)))
-    rest: np.ndarray | None = next(stream, None)
-    paths: list[Path] = []
-    while rest is not None:
-        path = folder / f"{split}_{len(paths):06d}.bin"
-        temporary = path.with_name(f".{path.name}.part")
-        try:
-            with temporary.open("wb") as file:
-                file.write(bytes(HEADER_BYTES))
-                count = 0
-                while rest is not None and count < shard_size:
-                    taken, rest = rest[: shard_size - count], rest[shard_size - count :]
-                    file.write(taken.tobytes())
-                    count += len(taken)
-                    rest = rest if len(rest) else next(stream, None)
-                file.seek(0)
-                file.write(struct.pack("<3i", MAGIC, VERSION, count))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        paths.append(path)
-    return paths
-
-
-def _as_uint16(chunk: np.ndarray) -> np.ndarray:
-    if chunk.dtype != np.uint16 and len(chunk) and not (chunk.min() >= 0 and chunk.max() < 1 << 16):
-        raise ValueError(f"token ids {chunk.min()} to {chunk.max()}: a token shard holds 0 to 65,535")
-    return chunk.astype("<u2", copy=False)
-
-
-def check_range(shards: Sequence[Path], vocab_size: int) -> None:
-    """Raise ValueError for the first token that is not below `vocab_size`, with its shard and position."""
-    for path in shards:
-        if _largest_token(path) < vocab_size:
-            continue
-        tokens = open_shard(path)
-        for start in range(0, len(tokens), _CHUNK):
-            bad = np.flatnonzero(tokens[start : start + _CHUNK] >= vocab_size)
-            if len(bad):
-                raise ValueError(
-                    f"{path}: token {tokens[start + bad[0]]} at position {start + bad[0]:,}, but the vocabulary has "
-                    f"{vocab_size:,} tokens. The shard was made with another tokenizer: give that one with --tokenizer."
-                )
-
-
-def _largest_token(path: Path) -> int:
-    """The largest id in a shard. Scanned once: the result is cached until the file changes."""
-    stat = path.stat()
-    identity = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()
-    note = cache_dir() / "largest_token" / identity
-    if not note.exists():
-        tokens = open_shard(path)
-        largest = max(int(tokens[start : start + _CHUNK].max()) for start in range(0, len(tokens), _CHUNK))
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_suffix(f".{os.getpid()}")
-        temporary.write_text(str(largest))
-        os.replace(temporary, note)
-    return int(note.read_text())
-
-
 # ---- a corpus as a folder of shards
 
 
@@ -179,27 +66,39 @@ def token_shards(
 ) -> TokenShards:
     """The tokens of `source`: whatever `open_corpus` takes, a folder of shards, or `fineweb10B` (`:N` for N of 103 shards).
 
-    Text is tokenised once and kept in the user's cache under a key of corpus, tokenizer and `val_fraction`. What already is
-    tokens brings its tokenizer along (`stored_tokenizer`); one that is given must be the same. Let one
-    of several processes go first: otherwise each tokenises or downloads for itself, safely but redundantly.
+    Text is tokenised once and kept in the user's cache under a key of corpus, tokenizer and `val_fraction`; if it was
+    damaged there, it is tokenised anew. What already is tokens brings its tokenizer along (`stored_tokenizer`); one that is
+    given must be the same. Let one of several processes go first: otherwise each tokenises or downloads for itself,
+    safely but redundantly.
     """
     name, count = split_name(source)
     if name == "fineweb10B":
-        shards = _fineweb(count or _FINEWEB_SHARDS, tokenizer)
+        shards = _fineweb(count or FINEWEB_SHARDS, tokenizer)
     elif holds_tokens(source):
         shards = open_shards(source, tokenizer)
     else:
         if tokenizer is None:
             raise ValueError(f"{source}: text takes a tokenizer to become tokens; give one with --tokenizer")
-        corpus = open_corpus(source, val_fraction)
-        key = json.dumps([_FORMAT, corpus.fingerprint, tokenizer.fingerprint(), val_fraction])
-        slug = re.sub(r"\W+", "-", Path(corpus.name).stem).strip("-") or "text"
-        folder = cache_dir() / "tokens" / f"{slug}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-        if not folder.exists():
-            tokenize(corpus, tokenizer, folder, progress)
-        return replace(open_shards(folder, tokenizer), corpus=corpus)
+        return _cached_shards(open_corpus(source, val_fraction), tokenizer, val_fraction, progress)
     check_range([*shards.train, *shards.val], shards.tokenizer.vocab_size)
     return shards
+
+
+def _cached_shards(corpus: Corpus, tokenizer: Tokenizer, val_fraction: float, progress: bool) -> TokenShards:
+    key = json.dumps([_FORMAT, corpus.fingerprint, tokenizer.fingerprint(), val_fraction])
+    slug = re.sub(r"\W+", "-", Path(corpus.name).stem).strip("-")[:60] or "text"
+    name = f"tokens/{slug}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cached(name)
+    if folder.exists():
+        try:
+            return replace(open_shards(folder, tokenizer), corpus=corpus)
+        except (ValueError, OSError) as error:
+            print(f"warning: tokens in the cache are damaged and are made anew: {error}", file=sys.stderr)
+        folder = writable_cache() / name
+        with suppress(FileNotFoundError):  # another process was faster, or the damaged one cannot be written
+            remove_folder(folder)
+    tokenize(corpus, tokenizer, folder, progress)
+    return replace(open_shards(folder, tokenizer), corpus=corpus)
 
 
 def stored_tokenizer(source: str | Path) -> Tokenizer | None:
@@ -212,93 +111,130 @@ def stored_tokenizer(source: str | Path) -> Tokenizer | None:
         return None
     path = Path(source) / "tokenizer.json"
     if not path.exists():
-        raise ValueError(
-            f"{source}: no tokenizer.json beside the shards. Put the tokenizer there that they were made with; "
-            "for GPT-2 tokens: --tokenizer gpt2"
-        )
+        remedy = "put the tokenizer there that they were made with; for GPT-2 tokens: --tokenizer gpt2"
+        raise InputError(source, "no tokenizer.json beside the shards", remedy)
     return load_tokenizer(path)
 
 
 def holds_tokens(source: str | Path) -> bool:
     """Whether `source` is tokens already: a folder with training shards in it (`*train*.bin`), or `fineweb10B`."""
     name = split_name(source)[0]
-    return name == "fineweb10B" if name else any(Path(source).glob("*train*.bin"))
+    try:
+        return name == "fineweb10B" if name else any(Path(source).glob("*train*.bin"))
+    except (OSError, ValueError):  # a name that is too long, or has a NUL in it
+        return False
+
+
+@dataclass
+class _Meta:
+    """What `meta.json` beside shards says, as far as it is read. That of other programs may lack any of it."""
+
+    format: int | None = None
+    val_bytes: int | None = None
+    sha256: dict[str, str] = field(default_factory=dict)
 
 
 def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> TokenShards:
     """A folder of shards: files `*train*.bin` and `*val*.bin`, with the `tokenizer.json` that `tokenize` put there.
 
     A given `tokenizer` must be that one; it is not checked if the folder has none.
+
+    Raises:
+        InputError: a part is missing, a shard is damaged or is not what `meta.json` says was written, or the tokenizer differs.
     """
     folder = Path(folder)
     train, val = (sorted(folder.glob(f"*{part}*.bin")) for part in ("train", "val"))
     if not train or not val:
         missing = "training shards (*train*.bin)" if not train else "validation shards (*val*.bin)"
-        raise ValueError(f"{folder}: no {missing}. Make both from text with: gpt tokenize FILE --out FOLDER")
+        raise InputError(folder, f"no {missing}", "make both from text with: gpt tokenize FILE --out FOLDER")
     if tokenizer is None or (folder / "tokenizer.json").exists():
         stored = stored_tokenizer(folder)
         assert stored is not None  # a folder with training shards names its tokenizer or raises
-        tokenizer = _same(tokenizer, stored, f"the shards in {folder}")
-    meta_file = folder / "meta.json"
-    meta = json.loads(meta_file.read_text(encoding="utf-8")) if meta_file.exists() else {}
+        tokenizer = _same(tokenizer, stored, folder)
+    counts = {path.name: len(open_shard(path)) for path in (*train, *val)}
+    meta = _read_meta(folder, counts)
     return TokenShards(
         train=train,
         val=val,
-        train_tokens=sum(len(open_shard(path)) for path in train),
-        val_tokens=sum(len(open_shard(path)) for path in val),
+        train_tokens=sum(counts[path.name] for path in train),
+        val_tokens=sum(counts[path.name] for path in val),
         tokenizer=tokenizer,
-        val_bytes=meta.get("val_bytes"),
+        val_bytes=meta.val_bytes,
     )
 
 
-def tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path, progress: bool = False) -> None:
-    """Write both parts of `corpus` as shards into `folder`, which appears only when all is in it.
+def _read_meta(folder: Path, shards: Iterable[str]) -> _Meta:
+    """`meta.json`, if there is one; InputError where these shards of the folder are not those that it describes."""
+    file, remedy = folder / "meta.json", "tokenise the text again, or delete this file"
+    if not file.exists():
+        return _Meta()
+    meta = read_json(file, _Meta, remedy)
+    if meta.format not in (None, _FORMAT):
+        raise InputError(file, f"it has format {meta.format}; only {_FORMAT} can be read", remedy)
+    if meta.val_bytes is not None and meta.val_bytes < 1:
+        raise InputError(file, f"val_bytes is {meta.val_bytes}", remedy)
+    for name in sorted({*meta.sha256, *shards} if meta.sha256 else ()):
+        if name not in meta.sha256 or name not in shards:
+            raise InputError(file, f"{printable(name, 60)} is not both there and described in it", remedy)
+        if open_shard(folder / name).content().sha256 != meta.sha256[name]:
+            what = "its sha256 is not the one in meta.json: it was changed or damaged"
+            raise InputError(folder / name, what, "tokenise the text again, or delete meta.json")
+    return meta
 
-    Raises FileExistsError where `folder` holds something already, ValueError for a part
-    without text. `progress` shows a bar on a terminal.
+
+def tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path, progress: bool = False) -> None:
+    """Write both parts of `corpus` as shards into `folder`, which appears only when all is in it, on disk.
+
+    `progress` shows a bar on a terminal.
+
+    Raises:
+        FileExistsError: `folder` holds something already.
+        ValueError: a part has no text.
+        OSError: a file cannot be written.
     """
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists already and is left alone; choose another --out, or remove it first"
         )
+    try:
+        with new_folder(folder) as unfinished:
+            _tokenize(corpus, tokenizer, unfinished, progress)
+    except OSError:
+        if not (folder / "meta.json").exists():  # else another process finished the same folder first
+            raise
+
+
+def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    part_folder = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    sha256: dict[str, str] = {}
     meta: dict[str, object] = {
         "format": _FORMAT,
         "source": corpus.name,
         "tokenizer": tokenizer.kind,
         "vocab_size": tokenizer.vocab_size,
         "separated": corpus.separated,
+        "sha256": sha256,
     }
-    shutil.rmtree(part_folder, ignore_errors=True)  # a process that was killed may have had the same id
-    try:
-        console = Console(stderr=True)
-        with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-            task = bar.add_task(f"tokenising {corpus.name}", total=corpus.n_bytes)
-            for split, texts in (("train", corpus.train_texts()), ("val", corpus.val_texts())):
-                encoding = _Encoding(tokenizer, corpus.separated, lambda n_bytes: bar.advance(task, n_bytes))
-                if not write_shards(encoding.tokens(texts), part_folder, split):
-                    part = "training" if split == "train" else "validation"
-                    raise ValueError(
-                        f"{corpus.name}: nothing is left for the {part} part; give more text, or another --val-fraction"
-                    )
-                meta |= {
-                    f"{split}_tokens": encoding.n_tokens,
-                    f"{split}_bytes": encoding.n_bytes,
-                    f"{split}_chars": encoding.n_chars,
-                }
-        tokenizer.save(part_folder / "tokenizer.json")
-        (part_folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        try:
-            os.replace(part_folder, folder)
-        except OSError:
-            if not (folder / "meta.json").exists():  # else another process finished the same folder first
-                raise
-    finally:
-        shutil.rmtree(part_folder, ignore_errors=True)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
+        task = bar.add_task(f"tokenising {printable(corpus.name, 60)}", total=corpus.n_bytes)
+        for split, texts in (("train", corpus.train_texts()), ("val", corpus.val_texts())):
+            encoding = _Encoding(tokenizer, corpus.separated, lambda n_bytes: bar.advance(task, n_bytes))
+            paths = write_shards(encoding.tokens(texts), folder, split)
+            if not paths:
+                what = f"nothing is left for the {'training' if split == 'train' else 'validation'} part"
+                raise InputError(corpus.name, what, "give more text, or another --val-fraction")
+            sha256 |= {path.name: open_shard(path).scan().sha256 for path in paths}
+            meta |= {
+                f"{split}_tokens": encoding.n_tokens,
+                f"{split}_bytes": encoding.n_bytes,
+                f"{split}_chars": encoding.n_chars,
+            }
+    tokenizer.save(folder / "tokenizer.json")
+    write_file(folder / "meta.json", json.dumps(meta, indent=2) + "\n")
 
 
 class _Encoding:
@@ -331,28 +267,34 @@ class _Encoding:
 
 def _fineweb(count: int, tokenizer: Tokenizer | None) -> TokenShards:
     """The first `count` of the 103 public shards of 10 B GPT-2 tokens of FineWeb, and the validation shard."""
-    if count > _FINEWEB_SHARDS:
-        raise ValueError(f"fineweb10B:{count}: there are {_FINEWEB_SHARDS} training shards")
     tokenizer = _same(tokenizer, _gpt2(), "fineweb10B")
-    folder = cache_dir() / "fineweb10B"
-    train = [folder / f"fineweb_train_{i:06d}.bin" for i in range(1, count + 1)]
-    val = [folder / "fineweb_val_000000.bin"]
-    missing = [path for path in val + train if not path.exists()]
+    numbers = range(1, count + 1)
+    names = ["fineweb_val_000000.bin", *(f"fineweb_train_{i:06d}.bin" for i in numbers)]
+    paths = [cached(f"fineweb10B/{name}") for name in names]
+    missing = [path for path in paths if not path.exists()]
     largest = HEADER_BYTES + 2 * SHARD_SIZE
     if missing:
         print(
-            f"fineweb10B: {len(missing)} files, about {len(missing) * largest / 1e9:.1f} GB, go into {folder}",
+            f"fineweb10B: {len(missing)} files, about {len(missing) * largest / 1e9:.1f} GB, go into {missing[0].parent}",
             file=sys.stderr,
         )
     for path in missing:
         download(f"{_FINEWEB_URL}/{path.name}", path, max_bytes=largest, check=open_shard)
-    return TokenShards(
-        train=train,
-        val=val,
-        train_tokens=sum(len(open_shard(path)) for path in train),
-        val_tokens=len(open_shard(val[0])),
-        tokenizer=tokenizer,
-    )
+    counts = [_recorded(path) for path in paths]
+    return TokenShards(paths[1:], paths[:1], sum(counts[1:]), counts[0], tokenizer)
+
+
+def _recorded(path: Path) -> int:
+    """The tokens of a shard whose sha256, unknown to this program, is recorded beside it when it is first seen."""
+    tokens, record = open_shard(path), path.with_name(f"{path.name}.sha256")
+    sha256, remedy = tokens.content().sha256, "delete both to have it downloaded again"
+    if not record.exists():
+        with suppress(OSError):  # in a cache that can only be read
+            write_file(record, f"{sha256}  {path.name}\n")  # as sha256sum -c takes it
+    elif read_bytes(record, 1000, remedy).split()[:1] != [sha256.encode()]:
+        what = f"its sha256 is not the one recorded in {record.name}: it was changed or damaged"
+        raise InputError(path, what, remedy)
+    return len(tokens)
 
 
 def _gpt2() -> Tokenizer:
@@ -362,15 +304,16 @@ def _gpt2() -> Tokenizer:
         return make_tokenizer("gpt2")
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"fineweb10B takes shards of tokens, 0.2 GB each, from {_FINEWEB_URL} (or put into {cache_dir() / 'fineweb10B'} "
+            f"fineweb10B takes shards of tokens, 0.2 GB each, from {_FINEWEB_URL} (or put into {cached('fineweb10B')} "
             f"by hand), and GPT-2's vocabulary. To train on text of your own: --data FILE. {error}"
         ) from None
 
 
-def _same(given: Tokenizer | None, stored: Tokenizer, what: str) -> Tokenizer:
+def _same(given: Tokenizer | None, stored: Tokenizer, where: str | Path) -> Tokenizer:
     if given is not None and given.fingerprint() != stored.fingerprint():
-        raise ValueError(
-            f"{what}: made with a {stored.kind} tokenizer of {stored.vocab_size:,} tokens, which is not the given one "
-            f"({given.kind}, {given.vocab_size:,} tokens). Leave --tokenizer out to take theirs."
+        what = (
+            f"made with a {stored.kind} tokenizer of {stored.vocab_size:,} tokens, which is not the given one "
+            f"({given.kind}, {given.vocab_size:,} tokens)"
         )
+        raise InputError(where, what, "leave --tokenizer out to take theirs")
     return stored

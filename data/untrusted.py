@@ -4,9 +4,12 @@ A file may be damaged, made by a newer version, or written by somebody who means
 here, so a reader says only what the file should hold.
 """
 
+import os
 import re
 import tomllib
+from io import BufferedReader
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, TypeVar
 
 MAX_JSON = (
@@ -29,7 +32,8 @@ class InputError(ValueError):
 
     def __init__(self, path: str | Path, what: str, remedy: str) -> None:
         self.path, self.what, self.remedy = str(path), what, remedy
-        super().__init__(f"{_tail(str(path))}: {printable(what, 160)}; {printable(remedy, 110)}")
+        path, remedy = _tail(str(path)), printable(remedy, 110)
+        super().__init__(f"{path}: {printable(what, 390 - len(path) - len(remedy))}; {remedy}")
 
 
 class MissingFile(InputError, FileNotFoundError):
@@ -60,6 +64,30 @@ def _tail(path: str) -> str:
     return path if len(path) <= 120 else "…" + path[-119:]
 
 
+def open_file(path: Path, remedy: str) -> BufferedReader:
+    """Open a regular file to read. A pipe, which might never answer, is refused like a device or a folder.
+
+    Raises:
+        MissingFile: there is no such file.
+        InputError: it is no file, or it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # without it a pipe waits for a writer
+        if S_ISREG(os.fstat(descriptor).st_mode):
+            return os.fdopen(descriptor, "rb")
+        os.close(descriptor)
+    except (FileNotFoundError, NotADirectoryError):
+        raise MissingFile(path, "there is no such file", remedy) from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(path, f"it cannot be read ({reason(error)})", remedy) from None
+    raise InputError(path, "it is no file", remedy)
+
+
+def reason(error: Exception) -> str:
+    """What an error says, without the number and the file name of an OSError."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def read_bytes(path: Path, limit: int, remedy: str) -> bytes:
     """The content of a file of at most `limit` bytes.
 
@@ -67,18 +95,11 @@ def read_bytes(path: Path, limit: int, remedy: str) -> bytes:
         MissingFile: there is no such file.
         InputError: it cannot be read, or it is larger.
     """
-    try:
-        if path.exists() and not path.is_file():  # a pipe without a writer would never answer
-            raise InputError(path, "it is no file", remedy)
-        with path.open("rb") as file:
+    with open_file(path, remedy) as file:
+        try:
             data = file.read(limit + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        raise MissingFile(path, "there is no such file", remedy) from None
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(path, f"it cannot be read ({reason})", remedy) from None
+        except OSError as error:
+            raise InputError(path, f"it cannot be read ({reason(error)})", remedy) from None
     if len(data) > limit:
         raise InputError(path, f"it has more than {limit:,} bytes, which no such file needs", remedy)
     return data

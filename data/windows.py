@@ -6,16 +6,19 @@ Shuffled windows for training are in loader.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from .shards import open_shard
+from .token_file import TokenFile, open_shard
 
-Shard = str | Path | np.ndarray  # a shard file, or its tokens
+Tokens = TokenFile | np.ndarray
+Shard = str | Path | Tokens  # a shard file, or its tokens
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -41,6 +44,13 @@ def require_window(n_tokens: int, context_length: int, part: str) -> None:
     )
 
 
+def tokens_of(shard: Shard | Sequence[int]) -> Tokens:
+    """The tokens of a shard; those of a file are read when they are sliced."""
+    if isinstance(shard, str | Path):
+        return open_shard(shard)
+    return shard if isinstance(shard, TokenFile) else np.asarray(shard)
+
+
 class Tiling:
     """Windows side by side in every shard, (n - 1) // context_length in one of n tokens, numbered through all shards.
 
@@ -48,16 +58,29 @@ class Tiling:
     """
 
     def __init__(self, shards: Sequence[Shard], context_length: int, part: str) -> None:
-        self.tokens = [open_shard(s) if isinstance(s, str | Path) else np.asarray(s) for s in shards]
+        self.tokens = [tokens_of(shard) for shard in shards]
+        self.dtype = np.result_type(np.uint16, *(tokens.dtype for tokens in self.tokens))
         require_window(max((len(t) for t in self.tokens), default=0), context_length, part)
         counts = [max(0, len(t) - 1) // context_length for t in self.tokens]
-        self.ends = np.cumsum(counts)  # one past the last window of each shard
-        self.n_windows = int(self.ends[-1])
+        self.ends = list(accumulate(counts))  # one past the last window of each shard
+        self.n_windows = self.ends[-1]
 
     def find(self, window: int) -> tuple[int, int]:
         """The index of the window's shard and its place among the windows of that shard."""
-        shard = int(np.searchsorted(self.ends, window, side="right"))
-        return shard, window - (int(self.ends[shard - 1]) if shard else 0)
+        shard = bisect_right(self.ends, window)
+        return shard, window - (self.ends[shard - 1] if shard else 0)
+
+    def read(self, shard: int, start: int, stop: int) -> np.ndarray:
+        """Tokens of a shard; `check` tells whether they were right."""
+        tokens = self.tokens[shard]
+        return tokens.read(start, stop) if isinstance(tokens, TokenFile) else tokens[start:stop]
+
+    def check(self, starts: Mapping[int, int]) -> None:
+        """Raise InputError where a shard that was read has changed; `starts` has a token of each that was read."""
+        for shard, start in starts.items():
+            tokens = self.tokens[shard]
+            if isinstance(tokens, TokenFile):
+                tokens.check(start)
 
 
 class WindowDataset(Dataset[Batch]):
@@ -69,12 +92,12 @@ class WindowDataset(Dataset[Batch]):
 
     def __init__(
         self,
-        tokens: Sequence[int] | np.ndarray,
+        tokens: Sequence[int] | Tokens,
         context_length: int,
         stride: int | None = None,
         part: str = "training",
     ) -> None:
-        self.tokens = np.asarray(tokens)
+        self.tokens = tokens_of(tokens)
         self.context_length = context_length
         self.stride = context_length if stride is None else stride
         if self.stride < 1:
@@ -124,8 +147,10 @@ class EvalWindows:
     def __iter__(self) -> Iterator[Batch]:
         length = self.context_length
         for first in range(0, len(self.windows), self.batch_size):
-            rows = []
+            rows, starts = [], {}
             for shard, place in map(self.tiling.find, self.windows[first : first + self.batch_size]):
-                rows.append(self.tiling.tokens[shard][place * length : (place + 1) * length + 1])
+                starts[shard] = place * length
+                rows.append(self.tiling.read(shard, place * length, (place + 1) * length + 1))
+            self.tiling.check(starts)
             batch = torch.from_numpy(np.stack(rows).astype(np.int64)).to(self.device)
             yield batch[:, :-1].contiguous(), batch[:, 1:].contiguous()

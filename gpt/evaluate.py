@@ -15,8 +15,8 @@ import torch
 
 from ..data.corpus import Corpus, open_corpus
 from ..data.documents import IGNORED, document_batches, encode_document
-from ..data.loader import checksum
-from ..data.shards import TokenShards, holds_tokens, open_shard, token_shards
+from ..data.shards import TokenShards, holds_tokens, token_shards
+from ..data.token_file import checksum, open_shard
 from ..data.tokenizers import Tokenizer
 from ..data.windows import Batch, EvalWindows
 from .config import TrainConfig

@@ -45,7 +45,7 @@ class Run:
     model: GPT
     step: int
     trained_on: Any
-    """`data.loader.checksum` of its training tokens; None where the run did not train."""
+    """`data.token_file.checksum` of its training tokens; None where the run did not train."""
 
 
 def create_run(

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__, kernels
-from ..data.corpus import cache_dir
+from ..data.cache import cache_dir
 from ..kernels._triton import triton
 from .device import driver
 

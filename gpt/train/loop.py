@@ -143,6 +143,7 @@ def prepare(
         config.train.seed,
         device=device,
         document_start=tokenizer.end_of_text if config.train.align_documents else None,
+        validation=shards.val,
     )
     if config.train.epochs:
         steps = math.ceil(config.train.epochs * loader.n_windows / config.train.batch_size)
@@ -171,7 +172,7 @@ def prepare(
         signals: list[int] = []
         step = TrainStep(model, optimizers, until(signals, loader), config.train, step=start)
     if state and state.loader:
-        loader.load_state_dict(state.loader)
+        loader.load_state_dict(state.loader, origin=out)
     if state and state.scaler:
         step.load_state(state.scaler)
 

@@ -1,5 +1,8 @@
 """The order of training windows, its exact continuation, the thread that reads ahead, and the fixed windows."""
 
+import hashlib
+import os
+import re
 import threading
 import time
 
@@ -8,10 +11,19 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from fusedgpt.data import loader as loader_module
 from fusedgpt.data.loader import TokenLoader, WindowOrder, _ReadAhead
-from fusedgpt.data.shards import open_shard, token_shards, write_shards
+from fusedgpt.data.shards import token_shards
+from fusedgpt.data.token_file import open_shard, write_shards
 from fusedgpt.data.tokenizers import make_tokenizer
+from fusedgpt.data.untrusted import InputError
 from fusedgpt.data.windows import EvalWindows, WindowDataset
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+
 
 T = 8
 LENGTHS = [100, 5, 9, 58]  # 12 + 0 + 1 + 7 windows
@@ -154,27 +166,64 @@ def test_another_number_of_ranks_continues_the_same_stream(shards):
     assert same(take(after, 6), [side[24:] for side in whole])
 
 
-def test_other_data_are_refused(shards):
+def test_other_data_are_refused_and_all_differences_named(shards):
     state = TokenLoader(shards, T, 3, seed=5).state_dict()
     assert state["position"] == 0
     edited = [shards[0].copy(), *shards[1:]]
-    edited[0][3] = 999
+    edited[0][-1] = 999  # the last token of a shard
     longer = [*shards[:-1], np.append(shards[-1], 7)]  # as many windows as before
-    for other, message in (
-        (TokenLoader(shards, T, 3, seed=6), "its seed is 6, and was 5"),
-        (TokenLoader(shards, T + 1, 3, seed=5), "its context_length is 9, and was 8"),
-        (TokenLoader(shards[:1], T, 3, seed=5), "its number of windows is 12, and was 20"),
-        (TokenLoader(edited, T, 3, seed=5), "its text's checksum"),
-        (TokenLoader(longer, T, 3, seed=5), "its text's checksum"),
+    data = r"training tokens \w{11}…, now \w{11}…"
+    for other, differences in (
+        (TokenLoader(shards, T, 3, seed=6), "seed 5, now 6"),
+        (
+            TokenLoader(shards, 7, 3, seed=6),
+            "seed 5, now 6; context_length 8, now 7; number of windows 20, now 23",
+        ),
+        (TokenLoader(shards[:1], T, 3, seed=5), f"{data}; number of windows 20, now 12"),
+        (TokenLoader(edited, T, 3, seed=5), data),
+        (TokenLoader(longer, T, 3, seed=5), data),
+        (TokenLoader([shards[1], shards[0], *shards[2:]], T, 3, seed=5), data),
+        (TokenLoader(shards, T, 3, seed=5, validation=shards[:1]), data.replace("training", "validation")),
     ):
-        with pytest.raises(ValueError, match=f"cannot continue in the training data: {message}"):
-            other.load_state_dict(state)
+        with pytest.raises(InputError) as caught:
+            other.load_state_dict(state, origin="runs/a/state.json")
+        assert re.fullmatch(
+            rf"runs/a/state\.json: cannot continue in these data: {differences}; resume with the same data, seed and .*",
+            str(caught.value),
+        )
         assert other.position == 0
-    long = np.zeros(2000, np.uint16)
-    with pytest.raises(
-        ValueError, match="checksum"
-    ):  # more text of the same beginning, still as many windows
-        TokenLoader([np.append(long, 0)], 15, 3).load_state_dict(TokenLoader([long], 15, 3).state_dict())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"position": None},
+        {"position": -1},
+        {"position": True},
+        {"position": 1.0},
+        {"position": "9"},
+        {"position": 10**30},
+        {"data": ["\x1b[31m"] * 1000},
+        {"seed": "\n" * 1000, "n_windows": {}, "document_start": [], "data": 1, "validation": 2},
+    ],
+)
+def test_a_state_that_is_none_is_refused_in_one_line(shards, damage):
+    loader = TokenLoader(shards, T, 3)
+    with pytest.raises(InputError) as caught:
+        loader.load_state_dict({**loader.state_dict(), **damage})
+    assert all(key.split("_")[-1] in str(caught.value) for key in damage)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) <= 400
+    with pytest.raises(InputError):
+        loader.load_state_dict({})
+
+
+def test_files_and_arrays_of_the_same_tokens_have_the_same_state(shards, tmp_path):
+    files = [write_shards([s], tmp_path, f"train{i}")[0] for i, s in enumerate(shards)]
+    loader = TokenLoader(files, T, 3, validation=files[:1])
+    assert loader.state_dict() == TokenLoader(shards, T, 3, validation=shards[:1]).state_dict()
+    sums = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    assert loader.state_dict()["data"] == hashlib.sha256(sums.encode()).hexdigest()
 
 
 def test_position_and_epoch_count_windows_of_all_ranks(shards):
@@ -232,6 +281,46 @@ def test_an_error_while_reading_ahead_reaches_the_reader_every_time():
     for _ in range(2):
         with pytest.raises(OSError, match="the disk is gone"):
             ahead.take()
+
+
+def test_a_file_that_changes_while_it_is_read_ahead_is_named(tmp_path):
+    (file,) = write_shards([np.arange(1000)], tmp_path, "train")
+    loader = TokenLoader([file], T, 3)
+    ahead = read_ahead(loader)
+    ahead.take()
+    os.truncate(file, 1500)
+    with pytest.raises(InputError, match=r"train_000000\.bin, token \d+: it (was truncated|went from 3,024)"):
+        [ahead.take() for _ in range(5)]  # what was read before, and one more
+    ahead.close()
+
+
+def test_a_thread_that_is_gone_leaves_nobody_waiting(shards, monkeypatch):
+    monkeypatch.setattr(loader_module, "_read_ahead", lambda *args: None)
+    ahead = read_ahead(TokenLoader(shards, T, 3, rank=1, world_size=2))
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"training data, window 3: the thread .* has ended; go on with"):
+            ahead.take()
+
+
+def test_a_thread_that_hangs_is_given_up(shards, monkeypatch):
+    monkeypatch.setattr(loader_module, "PATIENCE", 0.05)
+    monkeypatch.setattr(loader_module, "_POLL", 0.01)
+    wait = threading.Event()
+    buffers = [torch.empty(2, 1, T, dtype=torch.int64)] * 2
+    ahead = _ReadAhead(lambda first, out: wait.wait() if first else None, 0, 7, buffers, torch.device("cpu"))
+    ahead.take()
+    with pytest.raises(InputError, match=r"training data, window 7: no batch could be read"):
+        ahead.take()
+    ahead.close()  # does not wait for it
+    wait.set()
+
+
+def test_what_a_thread_left_is_found_after_its_end(shards, monkeypatch):
+    ahead = read_ahead(TokenLoader(shards, T, 3))
+    batch = ahead.take()
+    ahead._stop()
+    ahead._thread.join()
+    assert not torch.equal(ahead.take(), batch)
 
 
 def test_the_thread_ends_with_its_loader(shards):

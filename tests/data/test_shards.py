@@ -4,28 +4,26 @@ import hashlib
 import json
 import os
 import struct
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from fusedgpt.data import shards
+from fusedgpt.data import cache, files, shards, token_file
 from fusedgpt.data.corpus import open_corpus
-from fusedgpt.data.shards import (
-    check_range,
-    open_shard,
-    open_shards,
-    stored_tokenizer,
-    token_shards,
-    tokenize,
-    write_shards,
-)
+from fusedgpt.data.loader import TokenLoader
+from fusedgpt.data.shards import open_shards, stored_tokenizer, token_shards, tokenize
+from fusedgpt.data.token_file import Content, check_range, open_shard, write_shards
 from fusedgpt.data.tokenizers import base, load_tokenizer, make_tokenizer
+from fusedgpt.data.untrusted import InputError
+from fusedgpt.data.windows import EvalWindows, WindowDataset
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def home(tmp_path, monkeypatch):
     monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
@@ -44,7 +42,7 @@ def by_hand(tokens: list[int], magic=20240520, version=1, count=None, order="<")
 
 
 def joined(paths) -> list[int]:
-    return np.concatenate([open_shard(path) for path in paths]).tolist()
+    return np.concatenate([open_shard(path)[:] for path in paths]).tolist()
 
 
 def noted(made, key: str) -> object:
@@ -62,7 +60,7 @@ def everything(folder: Path) -> list[str]:
 def test_a_shard_is_read_as_llm_c_writes_it(tmp_path):
     tokens = [50256, 0, 1, 65535, 300]
     (tmp_path / "a.bin").write_bytes(by_hand(tokens))
-    read = open_shard(tmp_path / "a.bin")
+    read = open_shard(tmp_path / "a.bin")[:]
     assert read.dtype == np.uint16
     assert read.tolist() == tokens
     assert not read.flags.writeable
@@ -93,7 +91,7 @@ def test_a_crash_leaves_whole_shards_only(tmp_path):
     def chunks():
         yield np.arange(15)
         assert everything(tmp_path) == [
-            ".train_000001.bin.part",
+            f".train_000001.bin.{os.getpid()}.tmp",
             "train_000000.bin",
         ]  # half of the second one
         raise KeyboardInterrupt
@@ -134,12 +132,12 @@ def test_a_damaged_or_foreign_shard_is_named(tmp_path, content, message):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"b\.bin: no such token shard"):
+    with pytest.raises(FileNotFoundError, match=r"b\.bin: there is no such file; .*gpt tokenize"):
         open_shard(tmp_path / "b.bin")
 
 
 def test_a_token_out_of_range_is_found_and_looked_for_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "_CHUNK", 64)
+    monkeypatch.setattr(token_file, "_CHUNK", 64)
     tokens = [i % 50 for i in range(1000)]
     (tmp_path / "a.bin").write_bytes(by_hand(tokens))
     tokens[777] = tokens[900] = 50
@@ -151,14 +149,112 @@ def test_a_token_out_of_range_is_found_and_looked_for_once(tmp_path, monkeypatch
     ):
         check_range(paths, 50)
 
-    opened: list[Path] = []
-    monkeypatch.setattr(shards, "open_shard", lambda path: opened.append(path) or open_shard(path))
-    check_range(paths, 51)
-    assert opened == []  # known already
+    monkeypatch.setattr(cache, "SETTLED", 0)  # as if the files were old
+    scanned: list[Path] = []
+    scan = token_file.TokenFile.scan
+    monkeypatch.setattr(token_file.TokenFile, "scan", lambda self: scanned.append(self.path) or scan(self))
+    for _ in range(2):
+        check_range(paths, 51)
+    assert scanned == paths
     tokens[5] = 60
     (tmp_path / "a.bin").write_bytes(by_hand([*tokens, 0]))
     with pytest.raises(ValueError, match=r"a\.bin: token 60 at position 5"):
         check_range(paths, 51)
+
+
+def test_a_change_at_equal_size_and_time_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "SETTLED", 0)
+    path = tmp_path / "a.bin"
+    path.write_bytes(by_hand([*range(2000), 7]))
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    first = open_shard(path).content()
+    assert first == open_shard(path).content() == Content(hashlib.sha256(path.read_bytes()).hexdigest(), 1999)
+    path.write_bytes(by_hand([*range(2000), 9]))
+    os.utime(path, ns=times)
+    assert path.stat().st_mtime_ns == times[1]
+    assert open_shard(path).content() != first
+
+
+def test_what_changed_just_now_is_not_remembered(tmp_path, home, monkeypatch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(by_hand([1, 2]))
+    open_shard(path).content()
+    assert everything(home) == []
+    monkeypatch.setattr(cache, "SETTLED", 0)
+    open_shard(path).content()
+    (note,) = (home / "known").iterdir()
+    before = note.read_bytes()
+    for damage in (b"", b"[]", b'{"sha256": 3}', before[:-4]):
+        note.write_bytes(damage)
+        assert open_shard(path).content().largest == 2
+        assert note.read_bytes() == before
+
+
+def rewrite_in_place(path: Path) -> None:
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(1024)
+        file.write(b"\xff")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def replace_whole(path: Path) -> None:
+    other = path.with_name("new")
+    other.write_bytes(path.read_bytes())
+    os.replace(other, path)
+
+
+CHANGES = {
+    "written over": (lambda path: os.utime(path) or path.write_bytes(by_hand([0] * 100)), "it was changed"),
+    "at the same time": (rewrite_in_place, "it was changed"),
+    "truncated": (lambda path: os.truncate(path, 1100), "from 1,224 to 1,100 bytes|truncated"),
+    "emptied": (lambda path: os.truncate(path, 0), "truncated"),
+    "longer": (lambda path: os.truncate(path, 9000), "from 1,224 to 9,000 bytes"),
+    "removed": (Path.unlink, "it was removed or replaced"),
+    "replaced": (replace_whole, "it was removed or replaced"),
+}
+READERS = {
+    "shard": lambda path: partial(open_shard(path).__getitem__, slice(40, 60)),
+    "training": lambda path: TokenLoader([path], 8, 2).__next__,
+    "validation": lambda path: partial(list, EvalWindows([path], 8, 2)),
+    "dataset": lambda path: partial(WindowDataset(open_shard(path), 8).__getitem__, 4),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(("change", "message"), CHANGES.values(), ids=CHANGES)
+def test_a_shard_that_changes_while_it_is_in_use_is_named(tmp_path, reader, change, message):
+    path = tmp_path / "a.bin"
+    path.write_bytes(GOOD)
+    os.utime(path, ns=(10**18, 10**18))
+    read = READERS[reader](path)
+    read()
+    change(path)
+    for _ in range(2):  # and for ever after
+        with pytest.raises(InputError, match=rf"a\.bin, token \d+: .*({message}).*; put the file back"):
+            read()
+
+
+@pytest.mark.parametrize(
+    "touch",
+    [lambda path: os.utime(path), lambda path: path.chmod(0o600), lambda path: os.link(path, f"{path}2")],
+)
+def test_a_shard_that_is_touched_but_the_same_goes_on_being_read(tmp_path, touch):
+    path = tmp_path / "a.bin"
+    path.write_bytes(GOOD)
+    os.utime(path, ns=(10**18, 10**18))
+    loader = TokenLoader([path], 8, 2)
+    same = TokenLoader([np.arange(100, dtype=np.uint16)], 8, 2)
+    for _ in range(3):
+        touch(path) if loader.position == 4 else None
+        assert torch.equal(next(loader)[0], next(same)[0])
+    assert loader.state_dict() == same.state_dict()
+
+
+def test_a_pipe_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "train.bin")
+    with pytest.raises(InputError, match=r"train\.bin: it is no file"):
+        open_shard(tmp_path / "train.bin")
 
 
 # ---- a corpus as shards
@@ -232,7 +328,7 @@ def test_cutting_a_long_text_changes_no_token(kind, monkeypatch, request):
             assert make_tokenizer(kind, [text]).fingerprint() == tokenizer.fingerprint()
 
 
-def test_tokens_are_made_once_and_again_for_what_differs(text, cache, monkeypatch):
+def test_tokens_are_made_once_and_again_for_what_differs(text, home, monkeypatch):
     made = []
     monkeypatch.setattr(shards, "tokenize", lambda *a, **k: made.append(1) or tokenize(*a, **k))
     tokenizer = make_tokenizer("char", [text.read_text()])
@@ -247,7 +343,7 @@ def test_tokens_are_made_once_and_again_for_what_differs(text, cache, monkeypatc
     assert len(made) == 4
 
 
-def test_a_half_made_folder_is_never_taken_for_a_whole_one(text, tmp_path, cache):
+def test_a_half_made_folder_is_never_taken_for_a_whole_one(text, tmp_path, home):
     class Breaks:
         def __init__(self, tokenizer):
             self.tokenizer = tokenizer
@@ -261,12 +357,12 @@ def test_a_half_made_folder_is_never_taken_for_a_whole_one(text, tmp_path, cache
     tokenizer = make_tokenizer("char", [text.read_text()])
     with pytest.raises(KeyboardInterrupt):
         token_shards(text, Breaks(tokenizer))
-    assert everything(cache / "tokens") == []
-    left_by_a_kill = cache / "tokens" / f".x.{os.getpid()}.part"
+    assert everything(home / "tokens") == []
+    left_by_a_kill = home / "tokens" / f".x.{os.getpid()}.part"
     left_by_a_kill.mkdir()
     (left_by_a_kill / "train_000009.bin").write_bytes(GOOD)
-    tokenize(open_corpus(text), tokenizer, cache / "tokens" / "x")
-    assert everything(cache / "tokens" / "x") == [
+    tokenize(open_corpus(text), tokenizer, home / "tokens" / "x")
+    assert everything(home / "tokens" / "x") == [
         "meta.json",
         "tokenizer.json",
         "train_000000.bin",
@@ -274,22 +370,22 @@ def test_a_half_made_folder_is_never_taken_for_a_whole_one(text, tmp_path, cache
     ]
 
 
-def test_the_slower_of_two_processes_takes_what_is_there(text, cache, monkeypatch):
+def test_the_slower_of_two_processes_takes_what_is_there(text, home, monkeypatch):
     tokenizer = make_tokenizer("char", [text.read_text()])
-    corpus, folder = open_corpus(text), cache / "tokens" / "x"
+    corpus, folder = open_corpus(text), home / "tokens" / "x"
     replace, raced = os.replace, []
 
     def faster(source, target):
         if Path(target) == folder and not raced:
             raced.append(1)
-            tokenize(corpus, tokenizer, cache / "tokens" / "y")
-            replace(cache / "tokens" / "y", folder)
+            tokenize(corpus, tokenizer, home / "tokens" / "y")
+            replace(home / "tokens" / "y", folder)
         replace(source, target)
 
-    monkeypatch.setattr(shards.os, "replace", faster)
+    monkeypatch.setattr(files.os, "replace", faster)
     tokenize(corpus, tokenizer, folder)
     assert raced
-    assert everything(cache / "tokens") == ["x", *(f"x/{name}" for name in everything(folder))]
+    assert everything(home / "tokens") == ["x", *(f"x/{name}" for name in everything(folder))]
 
 
 def test_nothing_is_written_over(text, tmp_path):
@@ -365,7 +461,7 @@ def test_a_truncated_shard_in_a_folder_is_named(text, tmp_path):
         open_shards(tmp_path / "out")
 
 
-def test_fineweb_is_downloaded_shard_by_shard(gpt2_tokenizer_cache, cache, monkeypatch, capsys):
+def test_fineweb_is_downloaded_shard_by_shard(gpt2_tokenizer_cache, home, monkeypatch, capsys):
     asked = []
 
     def fake(url, path, max_bytes, check):
@@ -385,7 +481,7 @@ def test_fineweb_is_downloaded_shard_by_shard(gpt2_tokenizer_cache, cache, monke
     assert (made.train_tokens, made.val_tokens, made.tokenizer.kind) == (4, 2, "gpt2")
     assert token_shards("fineweb10B:3", stored_tokenizer("fineweb10B:3")).train_tokens == 6
     assert len(asked) == 4  # the fourth alone was missing
-    with pytest.raises(ValueError, match="there are 103 training shards"):
+    with pytest.raises(ValueError, match="fineweb10B takes at most 103"):
         token_shards("fineweb10B:104")
     with pytest.raises(ValueError, match="fineweb10B: made with a gpt2 tokenizer"):
         token_shards("fineweb10B:2", make_tokenizer("char", ["a"]))
@@ -399,7 +495,7 @@ def test_a_large_stream_stays_out_of_memory(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20  # 8 MB passed through
-    digest = [hashlib.sha256(open_shard(p).tobytes()).hexdigest() for p in sorted(tmp_path.glob("*.bin"))]
+    digest = [hashlib.sha256(open_shard(p)[:].tobytes()).hexdigest() for p in sorted(tmp_path.glob("*.bin"))]
     whole = np.repeat(np.arange(64, dtype=np.uint16), 1 << 16)
     cuts = [*range(0, len(whole), 3_000_000), len(whole)]
     assert digest == [hashlib.sha256(whole[a:b].tobytes()).hexdigest() for a, b in pairwise(cuts)]

@@ -87,7 +87,7 @@ CASES = {
     "invalid UTF-8": (f"{TRAIN} --data latin1.txt", ["latin1.txt", "UTF-8", "byte 6", "iconv"]),
     "missing file": (f"{TRAIN} --data txt.txt", ["txt.txt", "no such file", "text.txt"]),
     "missing folder": (f"{TRAIN} --data texts/novel", ["texts/novel", "no such file or folder"]),
-    "unknown source": (f"{TRAIN} --data tinyshakespear", ["tinyshakespear", "Did you mean tinyshakespeare?"]),
+    "unknown source": (f"{TRAIN} --data tinyshakespear", ["tinyshakespear", "did you mean tinyshakespeare?"]),
     "unknown ending": (f"{TRAIN} --data table.csv", ["table.csv", ".csv", ".txt, .jsonl, .parquet"]),
     "folder without texts": (f"{TRAIN} --data no_text", ["no_text", "no texts", ".txt"]),
     "broken jsonl": (f"{TRAIN} --data broken.jsonl", ["broken.jsonl, line 2"]),

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from fusedgpt import __version__
-from fusedgpt.data.shards import open_shard, open_shards
+from fusedgpt.data.shards import open_shards
+from fusedgpt.data.token_file import open_shard
 from fusedgpt.data.tokenizers import CharTokenizer, load_tokenizer
 from fusedgpt.gpt.cli import COMMANDS, SPINS, main, parse
 from fusedgpt.gpt.config import ALIASES, DROPOUT_ALIASES, KEYS, ModelConfig, RunConfig, TrainConfig
@@ -490,7 +491,7 @@ def test_tokenize_makes_shards_that_decode_to_the_text(capsys: pytest.CaptureFix
         == 0
     )
     shards = open_shards("shards")
-    parts = [np.concatenate([open_shard(path) for path in part]) for part in (shards.train, shards.val)]
+    parts = [np.concatenate([open_shard(path)[:] for path in part]) for part in (shards.train, shards.val)]
     assert "".join(shards.tokenizer.decode(part.tolist()) for part in parts) == text
     assert len(parts[1]) == pytest.approx(0.2 * len(text), abs=1)
     assert f"{len(parts[0]):,} training and {len(parts[1]):,} validation" in capsys.readouterr().out
