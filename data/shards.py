@@ -91,7 +91,11 @@ def _cached_shards(corpus: Corpus, tokenizer: Tokenizer, val_fraction: float, pr
     folder = cached(name)
     if folder.exists():
         try:
+<<<<<<< HEAD
             return replace(open_shards(folder, tokenizer), corpus=corpus)
+=======
+            return replace(_open(folder, tokenizer, own=True), corpus=corpus)
+>>>>>>> data
         except (ValueError, OSError) as error:
             print(f"warning: tokens in the cache are damaged and are made anew: {error}", file=sys.stderr)
         folder = writable_cache() / name
@@ -142,17 +146,31 @@ def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Token
     Raises:
         InputError: a part is missing, a shard is damaged or is not what `meta.json` says was written, or the tokenizer differs.
     """
-    folder = Path(folder)
+    return _open(Path(folder), tokenizer)
+
+
+def _open(folder: Path, tokenizer: Tokenizer | None, own: bool = False) -> TokenShards:
+    """`open_shards`; `own` shards were written by `tokenize` for sure, so that none of their facts may be missing."""
     train, val = (sorted(folder.glob(f"*{part}*.bin")) for part in ("train", "val"))
     if not train or not val:
         missing = "training shards (*train*.bin)" if not train else "validation shards (*val*.bin)"
         raise InputError(folder, f"no {missing}", "make both from text with: gpt tokenize FILE --out FOLDER")
+<<<<<<< HEAD
     if tokenizer is None or (folder / "tokenizer.json").exists():
+=======
+    if tokenizer is None or own or (folder / "tokenizer.json").exists():
+>>>>>>> data
         stored = stored_tokenizer(folder)
         assert stored is not None  # a folder with training shards names its tokenizer or raises
         tokenizer = _same(tokenizer, stored, folder)
     counts = {path.name: len(open_shard(path)) for path in (*train, *val)}
+<<<<<<< HEAD
     meta = _read_meta(folder, counts)
+=======
+    meta = _read_meta(folder, counts) if own or (folder / "meta.json").exists() else _Meta()
+    if own and meta.format is None:
+        raise InputError(folder / "meta.json", "it has no format", "tokenise the text again")
+>>>>>>> data
     return TokenShards(
         train=train,
         val=val,
@@ -164,6 +182,7 @@ def open_shards(folder: str | Path, tokenizer: Tokenizer | None = None) -> Token
 
 
 def _read_meta(folder: Path, shards: Iterable[str]) -> _Meta:
+<<<<<<< HEAD
     """`meta.json`, if there is one; InputError where these shards of the folder are not those that it describes."""
     file, remedy = folder / "meta.json", "tokenise the text again, or delete this file"
     if not file.exists():
@@ -174,6 +193,20 @@ def _read_meta(folder: Path, shards: Iterable[str]) -> _Meta:
     if meta.val_bytes is not None and meta.val_bytes < 1:
         raise InputError(file, f"val_bytes is {meta.val_bytes}", remedy)
     for name in sorted({*meta.sha256, *shards} if meta.sha256 else ()):
+=======
+    """`meta.json`; InputError where these shards of the folder are not those that it describes."""
+    file, remedy = folder / "meta.json", "tokenise the text again, or delete this file"
+    meta = read_json(file, _Meta, remedy)
+    if meta.val_bytes is not None and meta.val_bytes < 1:
+        raise InputError(file, f"val_bytes is {meta.val_bytes}", remedy)
+    if meta.format is None:  # of another program
+        return meta
+    if meta.format != _FORMAT:
+        raise InputError(file, f"it has format {meta.format}; only {_FORMAT} can be read", remedy)
+    if meta.val_bytes is None:
+        raise InputError(file, "it lacks val_bytes", remedy)
+    for name in sorted({*meta.sha256, *shards}):
+>>>>>>> data
         if name not in meta.sha256 or name not in shards:
             raise InputError(file, f"{printable(name, 60)} is not both there and described in it", remedy)
         if open_shard(folder / name).content().sha256 != meta.sha256[name]:

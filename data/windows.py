@@ -16,23 +16,27 @@ import torch
 from torch.utils.data import Dataset
 
 from .token_file import TokenFile, open_shard
+<<<<<<< HEAD
+=======
+from .untrusted import printable
+>>>>>>> data
 
 Tokens = TokenFile | np.ndarray
 Shard = str | Path | Tokens  # a shard file, or its tokens
 Batch = tuple[torch.Tensor, torch.Tensor]
 
 
-def require_window(n_tokens: int, context_length: int, part: str) -> None:
+def require_window(n_tokens: int, context_length: int, part: str, folder: Path | None = None) -> None:
     """Raise ValueError, with a context length that fits, where `n_tokens` do not hold one window and its last target.
 
-    `part` is what the message calls the tokens: `"training"`, `"validation"`, ...
+    `part` is what the message calls the tokens: `"training"`, `"validation"`, ...; `folder` is where their shards are.
     """
     if context_length < 1:
         raise ValueError(f"context_length is {context_length}: a window takes at least 1 token")
     if n_tokens > context_length:
         return
     message = (
-        f"the {part} part has {n_tokens:,} tokens, too few for one window of context_length {context_length} "
+        f"{printable(folder, 120) + ': ' if folder else ''}the {part} part has {n_tokens:,} tokens, too few for one window of context_length {context_length} "
         "and its last target"
     )
     if n_tokens < 2:
@@ -60,7 +64,15 @@ class Tiling:
     def __init__(self, shards: Sequence[Shard], context_length: int, part: str) -> None:
         self.tokens = [tokens_of(shard) for shard in shards]
         self.dtype = np.result_type(np.uint16, *(tokens.dtype for tokens in self.tokens))
+<<<<<<< HEAD
         require_window(max((len(t) for t in self.tokens), default=0), context_length, part)
+=======
+        n_tokens = max((len(t) for t in self.tokens), default=0)
+        first = self.tokens[0] if self.tokens else None
+        require_window(
+            n_tokens, context_length, part, first.path.parent if isinstance(first, TokenFile) else None
+        )
+>>>>>>> data
         counts = [max(0, len(t) - 1) // context_length for t in self.tokens]
         self.ends = list(accumulate(counts))  # one past the last window of each shard
         self.n_windows = self.ends[-1]

@@ -231,9 +231,8 @@ def differences(
     if data is not None and state.step:
         for key in sorted(data.keys() - {"position", "context_length"}):
             if (was := state.loader.get(key)) != (now := data.get(key)):
-                found.append(
-                    "other training data" if key == "data" else f"{key} = {now!r} instead of {was!r}"
-                )
+                other = {"data": "other training data", "validation": "other validation data"}
+                found.append(other.get(key, f"{key} = {now!r} instead of {was!r}"))
     return found
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...data import cache
 from ...data.corpus import open_corpus
 from ...data.loader import TokenLoader
 from ...data.shards import stored_tokenizer, token_shards
@@ -26,7 +27,8 @@ from ...gpt.cli import main
 from ...gpt.doctor import facts
 from ...gpt.metrics import overfitting, read_metrics
 from ...gpt.run import load_run
-from ...gpt.train.loop import prepare
+from ...gpt.train.interruption import Signals
+from ...gpt.train.preparation import prepare
 
 TEXT = (
     "the cat sat on the mat, and the dog lay by the door. it rained until noon! then the sun came out.\n" * 12
@@ -118,6 +120,7 @@ def make_world(folder: Path) -> None:
 
 def warm() -> None:
     """Fill the cache with notes about files, which hold for these very files and no copies of them."""
+    cache.SETTLED = 0  # the files are new, and would get none
     _cached()
     token_shards("tiny.txt", load_tokenizer(RUN))
 
@@ -174,8 +177,8 @@ def _load() -> str:
 
 def _resume() -> str:
     chosen = settings.resolve({"steps": 6}, resume=Path(RUN))
-    with ExitStack() as held:
-        session = prepare(chosen.config, chosen.out, True, chosen.origins, held)
+    with Signals() as signals, ExitStack() as held:
+        session = prepare(chosen.config, chosen.out, True, chosen.origins, signals, held)
         held.callback(session.log.close)
         held.callback(session.writer.close)
         name = f"step-{session.step.step:06d}"
@@ -227,7 +230,7 @@ TARGETS = [
     Target("cached-shard", "cache/tokens/text-*/*.bin", "shard", _cached),
     Target("cached-meta", "cache/tokens/text-*/meta.json", "json", _cached),
     Target("cached-tokenizer", "cache/tokens/text-*/tokenizer.json", "json", _cached),
-    Target("cached-note", "cache/largest_token/*", "text", _cached),
+    Target("cached-note", "cache/known/*", "text", _cached),
     Target("verdicts", "cache/verified/*", "json", lambda: print(*facts(torch.device("cpu"))), weight=2),
     # the same through the command line
     Target("gpt-generate", ANY, "any", gpt(f"generate {RUN} --max-tokens 5 --seed 1"), weight=3),

@@ -59,6 +59,7 @@ def train(
             session.display.say(
                 f"{out} has done its {session.step.step:,} steps; go on with --steps and a larger number"
             )
+<<<<<<< HEAD
         try:
             with explained(session.config.model, session.config.train, session.step.device):
                 with session.display, closing(session.writer), settled_heap():
@@ -67,6 +68,136 @@ def train(
         except Interrupted:
             session.display.say(f"{stopped_at(session)}; go on with: {program()} train --resume {out}")
             raise
+=======
+            raise KeyboardInterrupt
+        finish(session)
+
+
+def prepare(
+    config: RunConfig, out: Path, resume: bool, origins: Mapping[str, str], held: ExitStack
+) -> Session:
+    """Text to tokens, tokens to batches; model, optimizers and log, new or from the newest checkpoint. `held` gets the
+    lock of the run's folder."""
+    require_trackers(config.train)
+    if resume:
+        held.enter_context(lock_run(out))
+    display = Display()
+    device = pick_device(config.train.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    tokenizer = load_tokenizer(out / "tokenizer.json") if resume else build_tokenizer(config.train)
+    if resume:
+        require_fit(tokenizer, config.model, out)
+    require_prompt(tokenizer, config)
+    given, config = config.flat(), settle(config, tokenizer, device)
+    compiling = precompile(config, device)
+    shards = token_shards(config.train.data, tokenizer, config.train.val_fraction, progress=True)
+    loader = TokenLoader(
+        shards.train,
+        config.model.context_length,
+        config.train.sequences,
+        config.train.seed,
+        device=device,
+        document_start=tokenizer.end_of_text if config.train.align_documents else None,
+        validation=shards.val,
+    )
+    if config.train.epochs:
+        steps = math.ceil(config.train.epochs * loader.n_windows / config.train.batch_size)
+        config = replace(config, train=replace(config.train, steps=steps))
+    validation = validation_batches(shards, config.train, config.model.context_length, device)
+
+    torch.manual_seed(config.train.seed)
+    with explained(config.model, config.train, device):
+        with torch.device(device):
+            model = GPT(config.model)
+        optimizers = build_optimizers(model, config.train)
+    checkpoint, skipped = valid_checkpoint(out) if resume else (None, [])
+    warn_of_skipped(skipped)
+    state = load_state(checkpoint) if checkpoint else None
+    start = state.step if state else 0
+    if start >= config.train.steps:
+        raise ValueError(f"{out} has done its {start:,} steps; go on with --steps and a larger number")
+    if state and (wrong := differences(state, config, tokenizer.fingerprint(), loader.state_dict())):
+        raise InputError(
+            out, f"cannot go on: {', '.join(wrong)}", "resume with the same data, seed, model and tokenizer"
+        )
+    with explained(config.model, config.train, device):
+        if checkpoint:
+            load_model(model, checkpoint)
+            load_optimizers(model, optimizers, checkpoint)
+        signals: list[int] = []
+        step = TrainStep(model, optimizers, until(signals, loader), config.train, step=start)
+    if state and state.loader:
+        loader.load_state_dict(state.loader, origin=out)
+    if state and state.scaler:
+        step.load_state(state.scaler)
+
+    found = {
+        "vocab_size": "the tokenizer",
+        "dtype": "the device",
+        "micro_batch": "the device",
+        "steps": "epochs",
+    }
+    settled = {key: where for key, where in found.items() if given[key] != config.flat()[key]}
+    if resume:
+        write_config(out / "config.toml", config, {**origins, **settled})
+    else:
+        create_run(out, config, tokenizer, {**origins, **settled})
+        held.enter_context(lock_run(out))
+    keep, every = config.train.keep_checkpoints, config.train.keep_every
+    writer = CheckpointWriter(out, keep, every, config.train.async_save, saved=start if state else None)
+    step.before_update = writer.wait_for_copy
+    log = MetricsLog(out / "metrics.jsonl", start, open_trackers(config, out))
+    floor = best_possible(shards.corpus, tokenizer, config.train.eval_windows)
+    compiling.join()
+    verify(config, device)
+    display.start(config, model, loader, shards, device, start)
+    return Session(
+        out, config, shards, model, optimizers, loader, validation, step, log, display, floor, signals, writer
+    )
+
+
+def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> RunConfig:
+    """The configuration with what only tokenizer and device can tell: the vocabulary's size, dtype and micro-batch."""
+    dtype: Any = str(pick_dtype(config.train.dtype, device)).removeprefix("torch.")
+    model = replace(config.model, vocab_size=tokenizer.vocab_size)
+    config = RunConfig(model, replace(config.train, dtype=dtype))
+    verify(config, device, known=True)  # what failed in an earlier run is not even compiled
+    if config.train.micro_batch == "auto":
+        one = replace(config.train, micro_batch=1)  # the steps that the search tries find their kernels
+        precompile(RunConfig(model, one), device).join()
+        verify(config, device)
+        largest = largest_micro_batch(config, device)
+        config = replace(config, train=replace(config.train, micro_batch=largest))
+    return config
+
+
+def require_prompt(tokenizer: Tokenizer, config: RunConfig) -> None:
+    """Raise ValueError where the samples' prompt cannot be encoded or does not fit the context."""
+    tokens, context = (
+        len(tokenizer.encode(config.train.prompt, allowed_special="all")),
+        config.model.context_length,
+    )
+    if tokens > context:
+        raise ValueError(
+            f"the samples' prompt has {tokens} tokens and the context only {context}; shorten --prompt"
+        )
+
+
+def build_tokenizer(settings: TrainConfig) -> Tokenizer:
+    """The tokenizer that the settings name, or the one that the data's tokens were made with, or one made from its text."""
+    name = settings.tokenizer
+    # opened before a vocabulary is looked for: a mistake in the data is the first thing to mend
+    corpus = None if holds_tokens(settings.data) else open_corpus(settings.data, settings.val_fraction)
+    named = split_name(settings.data)[0] is not None
+    if (name in TRAINED or (name == "gpt2" and named)) and (stored := stored_tokenizer(settings.data)):
+        return stored
+    if corpus is None or name not in TRAINED:
+        return make_tokenizer(name)
+    if name == "char":  # it has no unknown character: those of the validation part count too
+        return make_tokenizer(name, chain(corpus.train_texts(), corpus.val_texts()))
+    return make_tokenizer(name, corpus.train_texts(), settings.bpe_vocab_size if name == "bpe" else None)
+>>>>>>> data
 
 
 def run_steps(session: Session) -> None:

@@ -1,9 +1,15 @@
 """Token shards against bytes built by hand, damaged in every way, and whole corpora on their way into shards."""
 
+import contextlib
 import hashlib
 import json
 import os
+import random
+import re
+import shutil
+import signal
 import struct
+import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -388,6 +394,94 @@ def test_the_slower_of_two_processes_takes_what_is_there(text, home, monkeypatch
     assert everything(home / "tokens") == ["x", *(f"x/{name}" for name in everything(folder))]
 
 
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "a bit": lambda folder: flip(folder / "train_000000.bin"),
+    "a bit of the validation part": lambda folder: flip(folder / "val_000000.bin"),
+    "truncated": lambda folder: os.truncate(folder / "train_000000.bin", 1500),
+    "emptied by a power cut": lambda folder: os.truncate(folder / "val_000000.bin", 0),
+    "a shard is gone": lambda folder: (folder / "val_000000.bin").unlink(),
+    "a shard too much": lambda folder: (folder / "train_000001.bin").write_bytes(GOOD),
+    "no meta": lambda folder: (folder / "meta.json").unlink(),
+    "empty meta": lambda folder: (folder / "meta.json").write_text(""),
+    "meta without all": lambda folder: (folder / "meta.json").write_text("{}"),
+    "meta without a shard": lambda folder: edit(folder, sha256={}),
+    "meta of the future": lambda folder: edit(folder, format=99),
+    "bytes that are none": lambda folder: edit(folder, val_bytes=-5),
+    "no tokenizer": lambda folder: (folder / "tokenizer.json").unlink(),
+    "empty tokenizer": lambda folder: os.truncate(folder / "tokenizer.json", 0),
+    "empty folder": lambda folder: shutil.rmtree(folder) or folder.mkdir(),
+}
+
+
+def edit(folder: Path, **fields: object) -> None:
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | fields))
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_tokens_in_the_cache_are_made_anew(text, home, capsys, monkeypatch, damage):
+    monkeypatch.setattr(cache, "SETTLED", 0)
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    made = token_shards(text, tokenizer)
+    folder = made.train[0].parent
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder)
+    assert token_shards(text, tokenizer).train == made.train
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
+    assert everything(home / "tokens") == [folder.name, *(f"{folder.name}/{name}" for name in sorted(good))]
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert re.match(r"warning: tokens in the cache are damaged and are made anew: .*" + folder.name, warning)
+    token_shards(text, tokenizer)
+    assert capsys.readouterr().err == ""
+
+
+def test_damaged_tokens_in_a_cache_that_is_only_read_are_made_elsewhere(text, home, capsys, monkeypatch):
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    folder = token_shards(text, tokenizer).train[0].parent
+    flip(folder / "train_000000.bin")
+    damaged = {path: path.read_bytes() for path in folder.iterdir()}
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != home and real(path, mode))
+    made = token_shards(text, tokenizer)
+    assert not made.train[0].is_relative_to(home)
+    assert tokenizer.decode(joined(made.train) + joined(made.val)) == text.read_text()
+    assert {path: path.read_bytes() for path in folder.iterdir()} == damaged
+    assert "cannot be written" in capsys.readouterr().err
+
+
+def test_kills_while_tokenising_leave_nothing_that_is_used(text, home):
+    text.write_text(text.read_text() * 200)
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    folder, corpus, delays = home / "tokens" / "x", open_corpus(text), random.Random(0)
+    outcomes = set()
+    for _ in range(12):
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                tokenize(corpus, tokenizer, folder)
+            os._exit(0)
+        time.sleep(delays.uniform(0, 0.15))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        outcomes.add(folder.exists())
+        if folder.exists():
+            assert (
+                tokenizer.decode(joined(open_shards(folder).train + open_shards(folder).val))
+                == text.read_text()
+            )
+            shutil.rmtree(folder)
+    assert False in outcomes
+    tokenize(corpus, tokenizer, folder)
+    open_shards(folder)
+
+
 def test_nothing_is_written_over(text, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
@@ -485,6 +579,55 @@ def test_fineweb_is_downloaded_shard_by_shard(gpt2_tokenizer_cache, home, monkey
         token_shards("fineweb10B:104")
     with pytest.raises(ValueError, match="fineweb10B: made with a gpt2 tokenizer"):
         token_shards("fineweb10B:2", make_tokenizer("char", ["a"]))
+
+
+def test_a_shard_of_fineweb_that_changes_is_refused(gpt2_tokenizer_cache, home, monkeypatch):
+    for name in ("val_000000", "train_000001"):
+        (home / "fineweb10B").mkdir(parents=True, exist_ok=True)
+        (home / f"fineweb10B/fineweb_{name}.bin").write_bytes(by_hand([1, 2, 3]))
+    assert token_shards("fineweb10B:1").train_tokens == 3
+    record = home / "fineweb10B/fineweb_train_000001.bin.sha256"
+    path = record.with_suffix("")
+    assert record.read_text() == f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n"
+    token_shards("fineweb10B:1")
+    path.write_bytes(by_hand([1, 2, 4]))
+    with pytest.raises(
+        InputError, match=r"train_000001\.bin: its sha256 is not the one recorded in .*; delete both"
+    ):
+        token_shards("fineweb10B:1")
+    path.write_bytes(by_hand([1, 2, 3]))
+    for damage in (b"", b"\xff" * 50, b"0" * 2000):
+        record.write_bytes(damage)
+        with pytest.raises(InputError, match=r"train_000001\.bin.*; delete both"):
+            token_shards("fineweb10B:1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": 1}, r"meta\.json: it has format 1; only 2 can be read; tokenise the text again"),
+        ({"format": "2"}, r"meta\.json: Expected `int \| null`"),
+        ({"val_bytes": 0}, "val_bytes is 0"),
+        ({"val_bytes": None}, "lacks val_bytes"),
+        ({"sha256": {}}, r"train_000000\.bin is not both there and described"),
+        ({"sha256": []}, "Expected `object`, got `array`"),
+        ({"sha256": {"../x\x1b[31m": "0"}}, r"\.\./x\\x1b\[31m is not both there"),
+    ],
+)
+def test_facts_that_do_not_fit_the_shards_are_refused(text, tmp_path, fields, message):
+    tokenize(open_corpus(text), make_tokenizer("char", [text.read_text()]), tmp_path / "out")
+    edit(tmp_path / "out", **fields)
+    with pytest.raises(InputError, match=message):
+        open_shards(tmp_path / "out")
+
+
+def test_a_shard_that_is_not_the_one_that_was_tokenised_is_refused(text, tmp_path):
+    tokenize(open_corpus(text), make_tokenizer("char", [text.read_text()]), tmp_path / "out")
+    flip(tmp_path / "out" / "val_000000.bin")
+    with pytest.raises(InputError, match=r"val_000000\.bin: its sha256 is not the one in meta\.json"):
+        token_shards(tmp_path / "out")
+    (tmp_path / "out" / "meta.json").unlink()  # the way out that the message names
+    token_shards(tmp_path / "out")
 
 
 def test_a_large_stream_stays_out_of_memory(tmp_path):
