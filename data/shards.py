@@ -91,11 +91,7 @@ def _cached_shards(corpus: Corpus, tokenizer: Tokenizer, val_fraction: float, pr
     folder = cached(name)
     if folder.exists():
         try:
-<<<<<<< HEAD
-            return replace(open_shards(folder, tokenizer), corpus=corpus)
-=======
             return replace(_open(folder, tokenizer, own=True), corpus=corpus)
->>>>>>> data
         except (ValueError, OSError) as error:
             print(f"warning: tokens in the cache are damaged and are made anew: {error}", file=sys.stderr)
         folder = writable_cache() / name
@@ -155,22 +151,14 @@ def _open(folder: Path, tokenizer: Tokenizer | None, own: bool = False) -> Token
     if not train or not val:
         missing = "training shards (*train*.bin)" if not train else "validation shards (*val*.bin)"
         raise InputError(folder, f"no {missing}", "make both from text with: gpt tokenize FILE --out FOLDER")
-<<<<<<< HEAD
-    if tokenizer is None or (folder / "tokenizer.json").exists():
-=======
     if tokenizer is None or own or (folder / "tokenizer.json").exists():
->>>>>>> data
         stored = stored_tokenizer(folder)
         assert stored is not None  # a folder with training shards names its tokenizer or raises
         tokenizer = _same(tokenizer, stored, folder)
     counts = {path.name: len(open_shard(path)) for path in (*train, *val)}
-<<<<<<< HEAD
-    meta = _read_meta(folder, counts)
-=======
     meta = _read_meta(folder, counts) if own or (folder / "meta.json").exists() else _Meta()
     if own and meta.format is None:
         raise InputError(folder / "meta.json", "it has no format", "tokenise the text again")
->>>>>>> data
     return TokenShards(
         train=train,
         val=val,
@@ -182,18 +170,6 @@ def _open(folder: Path, tokenizer: Tokenizer | None, own: bool = False) -> Token
 
 
 def _read_meta(folder: Path, shards: Iterable[str]) -> _Meta:
-<<<<<<< HEAD
-    """`meta.json`, if there is one; InputError where these shards of the folder are not those that it describes."""
-    file, remedy = folder / "meta.json", "tokenise the text again, or delete this file"
-    if not file.exists():
-        return _Meta()
-    meta = read_json(file, _Meta, remedy)
-    if meta.format not in (None, _FORMAT):
-        raise InputError(file, f"it has format {meta.format}; only {_FORMAT} can be read", remedy)
-    if meta.val_bytes is not None and meta.val_bytes < 1:
-        raise InputError(file, f"val_bytes is {meta.val_bytes}", remedy)
-    for name in sorted({*meta.sha256, *shards} if meta.sha256 else ()):
-=======
     """`meta.json`; InputError where these shards of the folder are not those that it describes."""
     file, remedy = folder / "meta.json", "tokenise the text again, or delete this file"
     meta = read_json(file, _Meta, remedy)
@@ -206,7 +182,6 @@ def _read_meta(folder: Path, shards: Iterable[str]) -> _Meta:
     if meta.val_bytes is None:
         raise InputError(file, "it lacks val_bytes", remedy)
     for name in sorted({*meta.sha256, *shards}):
->>>>>>> data
         if name not in meta.sha256 or name not in shards:
             raise InputError(file, f"{printable(name, 60)} is not both there and described in it", remedy)
         if open_shard(folder / name).content().sha256 != meta.sha256[name]:

@@ -16,10 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .token_file import TokenFile, open_shard
-<<<<<<< HEAD
-=======
 from .untrusted import printable
->>>>>>> data
 
 Tokens = TokenFile | np.ndarray
 Shard = str | Path | Tokens  # a shard file, or its tokens
@@ -64,15 +61,11 @@ class Tiling:
     def __init__(self, shards: Sequence[Shard], context_length: int, part: str) -> None:
         self.tokens = [tokens_of(shard) for shard in shards]
         self.dtype = np.result_type(np.uint16, *(tokens.dtype for tokens in self.tokens))
-<<<<<<< HEAD
-        require_window(max((len(t) for t in self.tokens), default=0), context_length, part)
-=======
         n_tokens = max((len(t) for t in self.tokens), default=0)
         first = self.tokens[0] if self.tokens else None
         require_window(
             n_tokens, context_length, part, first.path.parent if isinstance(first, TokenFile) else None
         )
->>>>>>> data
         counts = [max(0, len(t) - 1) // context_length for t in self.tokens]
         self.ends = list(accumulate(counts))  # one past the last window of each shard
         self.n_windows = self.ends[-1]

@@ -45,11 +45,7 @@ class Run:
     tokenizer: Tokenizer
     model: GPT
     step: int
-<<<<<<< HEAD
     trained_on: str | None
-=======
-    trained_on: Any
->>>>>>> data
     """`data.token_file.checksum` of its training tokens; None where the run did not train."""
 
 

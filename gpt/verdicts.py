@@ -11,11 +11,8 @@ import torch
 
 from .. import __version__, kernels
 from ..data.cache import cache_dir
-<<<<<<< HEAD
 from ..data.files import make_folder, write_file
 from ..data.untrusted import InputError, read_json
-=======
->>>>>>> data
 from ..kernels._triton import triton
 from .device import driver
 
