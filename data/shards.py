@@ -78,7 +78,9 @@ def token_shards(
         shards = open_shards(source, tokenizer)
     else:
         if tokenizer is None:
-            raise ValueError(f"{source}: text takes a tokenizer to become tokens; give one with --tokenizer")
+            raise ValueError(
+                f"{printable(source, 100)}: text takes a tokenizer to become tokens; give one with --tokenizer"
+            )
         return _cached_shards(open_corpus(source, val_fraction), tokenizer, val_fraction, progress)
     check_range([*shards.train, *shards.val], shards.tokenizer.vocab_size)
     return shards
@@ -215,6 +217,7 @@ def tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: str | Path, progress:
 
 def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import Progress
 
     sha256: dict[str, str] = {}
@@ -228,7 +231,7 @@ def _tokenize(corpus: Corpus, tokenizer: Tokenizer, folder: Path, progress: bool
     }
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar:
-        task = bar.add_task(f"tokenising {printable(corpus.name, 60)}", total=corpus.n_bytes)
+        task = bar.add_task(f"tokenising {escape(printable(corpus.name, 60))}", total=corpus.n_bytes)
         for split, texts in (("train", corpus.train_texts()), ("val", corpus.val_texts())):
             encoding = _Encoding(tokenizer, corpus.separated, lambda n_bytes: bar.advance(task, n_bytes))
             paths = write_shards(encoding.tokens(texts), folder, split)
