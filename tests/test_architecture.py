@@ -112,6 +112,48 @@ def test_an_import_from_training_is_seen(source: str) -> None:
     assert not training_imports("from .settings import read_run", "gpt/run.py")
 
 
+# What only these files do, so that there is one way to write what must last and one to read what cannot be trusted.
+ONE_PLACE = {
+    "json.loads": "data/untrusted.py",
+    "json.load": "data/untrusted.py",
+    "tomllib.loads": "data/untrusted.py",
+    "tomllib.load": "data/untrusted.py",
+    "os.replace": "data/files.py",
+    "os.rename": "data/files.py",
+    "os.fsync": "data/files.py",
+    ".write_text": "data/files.py",
+    ".write_bytes": "data/files.py",
+    "load_file": "gpt/tensors.py",
+    "safe_open": "gpt/tensors.py",
+    "save_file": "gpt/tensors.py",
+    "torch.load": "",
+    "torch.save": "",
+    "pickle.load": "",
+    "pickle.loads": "",
+    "eval": "",
+    "exec": "",
+}
+
+
+def calls_elsewhere(source: str, path: str) -> list[str]:
+    """The calls in the file at `path` that belong into another file of the house, or nowhere."""
+    calls = [ast.unparse(node.func) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    names = {call if call in ONE_PLACE else f".{call.rpartition('.')[2]}" for call in calls}
+    return sorted(name for name in names if path != ONE_PLACE.get(name, path))
+
+
+def test_durable_writes_and_untrusted_reads_have_one_place() -> None:
+    own = [name for name in FILES if name.startswith(("data/", "gpt/"))]
+    wrong = {name: calls_elsewhere(FILES[name].read_text(), name) for name in own}
+    assert not {name: calls for name, calls in wrong.items() if calls}
+
+
+def test_a_write_past_the_house_is_seen() -> None:
+    assert calls_elsewhere("path.write_text('x')", "gpt/run.py") == [".write_text"]
+    assert calls_elsewhere("json.loads(x); torch.load(f)", "gpt/run.py") == ["json.loads", "torch.load"]
+    assert not calls_elsewhere("json.dumps(x); model.eval(); os.replace(a, b)", "data/files.py")
+
+
 def test_every_file_says_what_it_holds() -> None:
     silent = [name for name, path in FILES.items() if not ast.get_docstring(ast.parse(path.read_text()))]
     assert not silent, "no module docstring"
