@@ -125,6 +125,13 @@ def test_a_damaged_file_is_refused(data: bytes, tmp_path: Path) -> None:
         assert str(caught.value).isprintable()
 
 
+def test_a_header_of_more_than_8_mib_is_not_parsed(tmp_path: Path) -> None:
+    file = tmp_path / "long.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {"note": "x" * MAX_HEADER})
+    with pytest.raises(InputError, match=r"its header would have 8,388,\d+ bytes; it is damaged"):
+        describe_tensors(file, "fetch it again")
+
+
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match="there is no such file"):
         read_tensors(tmp_path / "absent", None, "fetch it")
