@@ -111,11 +111,11 @@ def _opened(file: Path, remedy: str) -> Iterator[Any]:
 
     It is read by `pread`, not mapped: a mapped file that is cut while it is read ends the process with SIGBUS.
     """
-    if not file.is_file():
-        if file.exists():
-            raise InputError(file, "it is no file", remedy)
-        raise MissingFile(file, "there is no such file", remedy)
     try:
+        if not file.is_file():
+            if file.exists():
+                raise InputError(file, "it is no file", remedy)
+            raise MissingFile(file, "there is no such file", remedy)
         with file.open("rb") as start:
             (length,) = struct.unpack("<Q", start.read(8).ljust(8, b"\0"))
         if length > MAX_HEADER:

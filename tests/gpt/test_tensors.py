@@ -135,6 +135,8 @@ def test_a_header_of_more_than_8_mib_is_not_parsed(tmp_path: Path) -> None:
 def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MissingFile, match="there is no such file"):
         read_tensors(tmp_path / "absent", None, "fetch it")
+    with pytest.raises(InputError, match="it cannot be read"):
+        read_tensors(tmp_path / ("x" * 300), None, "fetch it")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         with pytest.raises(InputError, match="it is no file"):
