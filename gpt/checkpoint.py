@@ -73,6 +73,8 @@ class State:
     versions: dict[str, str]
     tokenizer: str
     """Its fingerprint."""
+    grad_norm: float | None = None
+    """Of the last step, for a line of the log that could not be written."""
 
 
 @dataclass

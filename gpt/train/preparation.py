@@ -128,6 +128,7 @@ def prepare(
     if resume:  # once nothing that is there has been refused
         write_config(out / "config.toml", config, {**origins, **settled})
     losses: list[torch.Tensor] = []
+    norm = math.nan if state is None or state.grad_norm is None else state.grad_norm
     if state:
         losses = [torch.tensor(loss, device=device) for loss in state.losses]
         step.skips.copy_(torch.tensor([state.skipped, state.in_row]))
@@ -150,7 +151,7 @@ def prepare(
         signals=signals,
         floor=best_possible(shards.corpus, tokenizer, config.train.eval_windows),
         losses=losses,
-        norm=torch.full((), math.nan, device=device),
+        norm=torch.full((), norm, device=device),
         ends={config.train.steps, *([state.config.get("steps")] if state and start else [])},
     )
     compiling.join()

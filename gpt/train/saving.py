@@ -45,6 +45,7 @@ def save(session: Session, checked: bool = False) -> None:
         config=session.config.flat(),
         versions=versions(),
         tokenizer=session.shards.tokenizer.fingerprint(),
+        grad_norm=session.norm.item() if session.losses else None,
     )
     try:
         with written(session):
