@@ -122,28 +122,33 @@ def resolve(
     if out is None:
         first = Path("runs", preset_name or DEFAULT_PRESET)
         numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
-        out = next(folder for folder in chain([first], numbered) if not _in_use(folder))
+        out = next(folder for folder in chain([first], numbered) if not in_use(folder))
     require_unused(out)
     return Settings(config, out, False, origins)
 
 
-def _in_use(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+def in_use(path: Path) -> bool:
+    """Whether there is a file or a folder that is not empty.
+
+    Raises:
+        InputError: the name is too long, or the folder is another user's.
+    """
+    try:
+        return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise InputError(path, f"it cannot be used ({error.strerror})", "choose another name") from None
 
 
 def require_unused(folder: Path) -> None:
     """Raise FileExistsError if `folder` is a file or not empty: nothing is ever overwritten."""
-    try:
-        used, run = _in_use(folder), (folder / "config.toml").exists()
-    except OSError as error:  # the name is too long, or the folder is another user's
-        raise InputError(folder, f"it cannot be used ({error.strerror})", "choose another folder") from None
-    if run:
+    if not in_use(folder):
+        return
+    if (folder / "config.toml").exists():
         raise FileExistsError(
             f"{folder}: output folder in use, it holds a run; continue that with: gpt train --resume {folder}, "
             "or choose another folder"
         )
-    if used:
-        raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
+    raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
 
 
 def read_run(run: Path) -> dict[str, Any]:
