@@ -6,6 +6,7 @@ This file does not import torch, so a mistake in the settings is reported at onc
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, count
@@ -159,14 +160,14 @@ def read_run(run: Path) -> dict[str, Any]:
         ValueError: its config.toml is damaged.
     """
     file = run / "config.toml"
-    if not file.is_file():
-        what = "it has no config.toml" if run.exists() else "there is no such folder"
+    if not os.path.isfile(file):  # False for a name that is too long, too
+        what = "it has no config.toml" if os.path.exists(run) else "there is no such folder"
         runs = [
             str(found.parent) for place in (run.parent, Path("runs")) for found in place.glob("*/config.toml")
         ]
         there = f"; there are {', '.join(sorted({*runs})[:5])}" if runs else ""
         raise FileNotFoundError(
-            f"{run} is not a run: {what}{nearest(str(run), runs) or there or '; gpt train makes one'}"
+            f"{printable(run)[-120:]} is not a run: {what}{nearest(str(run), runs) or there or '; gpt train makes one'}"
         )
     return read_config(file)
 
