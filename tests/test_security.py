@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fusedgpt.data import corpus, download, untrusted
 from fusedgpt.data.tokenizers import base
-from fusedgpt.gpt import config, generate, tensors
+from fusedgpt.gpt import config, generate, metrics, tensors
 
 PAGE = (Path(__file__).resolve().parents[1] / "SECURITY.md").read_text("utf-8")
 LIMITS = {
@@ -28,6 +28,7 @@ LIMITS = {
     "tokens in a shard": 2**31 - 1,  # an int32 in its header
     "bytes in a `.txt` file": corpus.MAX_TEXT,
     "bytes in a line of a `.jsonl` file": corpus.MAX_LINE,
+    "bytes in a run's `metrics.jsonl`": metrics.MAX_LOG,
     "tales of `tales:N`": corpus.MAX_TALES,
     "seconds without a byte of a download": int(download.STALL),
 }
