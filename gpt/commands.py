@@ -13,7 +13,7 @@ from tyro.conf import Fixed, OmitArgPrefixes, Positional, Suppress, UseAppendAct
 
 from ..data.untrusted import TEXT, printable
 from .config import ALIASES, PRESETS, ModelConfig, RunConfig, TrainConfig
-from .settings import DEFAULT_PRESET, below_flags, merge, require_unused, resolve
+from .settings import DEFAULT_PRESET, below_flags, in_use, merge, require_unused, resolve
 
 # ---- gpt train: its flags are the fields of ModelConfig and TrainConfig
 
@@ -268,7 +268,7 @@ class Tokenizer:
     """Byte-level BPE, words and punctuation, or characters."""
 
     def __call__(self) -> None:
-        if self.out.exists():
+        if in_use(self.out) or self.out.exists():
             raise FileExistsError(f"{self.out} exists already and is left alone; choose another --out")
         from ..data.corpus import open_corpus
         from ..data.tokenizers import make_tokenizer

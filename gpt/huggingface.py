@@ -19,6 +19,7 @@ from ..data.untrusted import InputError, MissingFile, inside, read_bytes, read_j
 from .config import DROPOUTS, VALUE_ALIASES, ModelConfig, SettingError
 from .device import require_memory
 from .model import GPT
+from .snapshot import not_finite
 from .tensors import Spec, describe_tensors, read_tensors, write_tensors
 
 PREFIX = "transformer."
@@ -160,9 +161,9 @@ def import_model(folder: str | Path) -> GPT:
     own = {}
     for name in shapes:
         tensor = state.pop(name)
-        if not torch.isfinite(tensor).all():
-            raise InputError(folder, f"{name} has values that are no finite numbers", AGAIN)
         own[name] = (tensor.T if name.endswith(CONV1D) else tensor).to(torch.float32).contiguous()
+    if wrong := not_finite(own):
+        raise InputError(folder, f"{wrong} has values that are no finite numbers", AGAIN)
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.float(), own["wte.weight"]):
         raise InputError(folder, "the head differs from the embedding", "this program reads tied models only")

@@ -5,6 +5,7 @@ Training, generation, evaluation and export share it.
     config.toml  tokenizer.json  metrics.jsonl  loss_curve.png  samples.txt  checkpoints/
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +110,8 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
 def located(path: Path) -> tuple[Path, Path | None]:
     """The run that a path names, and the checkpoint where it names one of them."""
     full = path.resolve()
-    if (full / MANIFEST).is_file() or full in checkpoints(full.parent.parent):
+    isfile = os.path.isfile(full / MANIFEST)  # False for a name that is too long, too
+    if isfile or full in checkpoints(full.parent.parent):
         return full.parent.parent, full
     return path, None
 

@@ -6,6 +6,7 @@ This file does not import torch, so a mistake in the settings is reported at onc
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from itertools import chain, count
@@ -122,28 +123,33 @@ def resolve(
     if out is None:
         first = Path("runs", preset_name or DEFAULT_PRESET)
         numbered = (first.with_name(f"{first.name}-{number}") for number in count(2))
-        out = next(folder for folder in chain([first], numbered) if not _in_use(folder))
+        out = next(folder for folder in chain([first], numbered) if not in_use(folder))
     require_unused(out)
     return Settings(config, out, False, origins)
 
 
-def _in_use(folder: Path) -> bool:
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+def in_use(path: Path) -> bool:
+    """Whether there is a file or a folder that is not empty.
+
+    Raises:
+        InputError: the name is too long, or the folder is another user's.
+    """
+    try:
+        return path.exists() and (not path.is_dir() or any(path.iterdir()))
+    except OSError as error:
+        raise InputError(path, f"it cannot be used ({error.strerror})", "choose another name") from None
 
 
 def require_unused(folder: Path) -> None:
     """Raise FileExistsError if `folder` is a file or not empty: nothing is ever overwritten."""
-    try:
-        used, run = _in_use(folder), (folder / "config.toml").exists()
-    except OSError as error:  # the name is too long, or the folder is another user's
-        raise InputError(folder, f"it cannot be used ({error.strerror})", "choose another folder") from None
-    if run:
+    if not in_use(folder):
+        return
+    if (folder / "config.toml").exists():
         raise FileExistsError(
             f"{folder}: output folder in use, it holds a run; continue that with: gpt train --resume {folder}, "
             "or choose another folder"
         )
-    if used:
-        raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
+    raise FileExistsError(f"{folder}: output folder in use, it is not empty; choose another folder")
 
 
 def read_run(run: Path) -> dict[str, Any]:
@@ -154,14 +160,14 @@ def read_run(run: Path) -> dict[str, Any]:
         ValueError: its config.toml is damaged.
     """
     file = run / "config.toml"
-    if not file.is_file():
-        what = "it has no config.toml" if run.exists() else "there is no such folder"
+    if not os.path.isfile(file):  # False for a name that is too long, too
+        what = "it has no config.toml" if os.path.exists(run) else "there is no such folder"
         runs = [
             str(found.parent) for place in (run.parent, Path("runs")) for found in place.glob("*/config.toml")
         ]
         there = f"; there are {', '.join(sorted({*runs})[:5])}" if runs else ""
         raise FileNotFoundError(
-            f"{run} is not a run: {what}{nearest(str(run), runs) or there or '; gpt train makes one'}"
+            f"{printable(run)[-120:]} is not a run: {what}{nearest(str(run), runs) or there or '; gpt train makes one'}"
         )
     return read_config(file)
 

@@ -1,7 +1,7 @@
 """GPT-2's own tokenizer: 256 bytes, 50,000 merges published by OpenAI as `vocab.bpe`, and `<|endoftext|>` = 50256.
 
 The merges are not part of this program. They come from tiktoken's cache, from a folder, or from the network into
-that cache; a saved tokenizer carries them (about half a megabyte), so a run works on a machine that has none of these.
+the user's cache; a saved tokenizer carries them (about half a megabyte), so a run works on a machine that has none of these.
 `encoder.json`, published beside `vocab.bpe`, only lists the ids that follow from it and is not read.
 """
 
@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
-from ..cache import writable_cache
+from ..cache import cache_dir, writable_cache
 from ..untrusted import InputError, MissingFile, printable, read_bytes, reason
 from .bpe import BPETokenizer
 
@@ -53,12 +53,13 @@ class GPT2Tokenizer(BPETokenizer):
 
     @classmethod
     def find(cls, folder: str | Path | None = None) -> Self:
-        """Read `vocab.bpe` from `folder`; without one, from tiktoken's cache or else the network.
+        """Read `vocab.bpe` from `folder`; without one, from tiktoken's cache, the user's, or else the network.
 
         FileNotFoundError says where to get the file and where to put it; ValueError if another file has its name.
         """
-        where = _cache() if folder is None else Path(folder)
-        file = next((where / name for name in NAMES if where and (where / name).is_file()), None)
+        places = (_tiktokens_cache(), cache_dir()) if folder is None else (Path(folder),)
+        files = (place / name for place in places if place for name in NAMES)
+        file = next(filter(os.path.isfile, files), None)
         if file is None and folder is not None:
             raise MissingFile(folder, "it holds no vocab.bpe of GPT-2", f"fetch {URL}")
         data = read_bytes(file, MAX_BYTES, f"fetch {URL}") if file else _download()
@@ -73,7 +74,7 @@ class GPT2Tokenizer(BPETokenizer):
         return {"vocab_bpe": self._vocab_bpe}
 
 
-def _cache() -> Path | None:
+def _tiktokens_cache() -> Path | None:
     """The folder in which tiktoken keeps what it fetched; None if its cache is turned off."""
     default = str(Path(tempfile.gettempdir(), "data-gym-cache"))
     folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", default))
@@ -83,7 +84,7 @@ def _cache() -> Path | None:
 def _download() -> bytes:
     from ..download import download  # late, as it is hardly ever needed
 
-    file = (_cache() or writable_cache()) / NAMES[1]
+    file = writable_cache() / NAMES[0]
     remedy = "put that file there as vocab.bpe"
     try:
         download(URL, file, MAX_BYTES, SHA256)

@@ -56,7 +56,8 @@ def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("urllib.request._opener", None)  # it keeps the proxies of its first use
     cache = tmp_path / "cache"
     cache.mkdir()
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "tiktoken"))
+    monkeypatch.setenv("FUSEDGPT_CACHE", str(cache))
     return cache
 
 
@@ -113,7 +114,7 @@ def test_a_run_needs_neither_cache_nor_network(
     assert loaded.fingerprint() == tokenizer.fingerprint()
 
 
-def test_the_vocabulary_comes_through_the_network_into_tiktokens_cache(
+def test_the_vocabulary_comes_through_the_network_into_the_users_cache(
     vocab_bpe: bytes, no_network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "published.bpe").write_bytes(vocab_bpe)
@@ -125,6 +126,8 @@ def test_the_vocabulary_comes_through_the_network_into_tiktokens_cache(
     try:
         assert make_tokenizer("gpt2").encode("café") == [66, 1878, 2634]
         assert [file.read_bytes() for file in no_network.iterdir()] == [vocab_bpe]
+        (tmp_path / "published.bpe").unlink()
+        assert make_tokenizer("gpt2").encode("café") == [66, 1878, 2634]
         (tmp_path / "published.bpe").write_bytes(b"something else")
         next(no_network.iterdir()).unlink()
         with pytest.raises(FileNotFoundError, match="cannot be fetched"):

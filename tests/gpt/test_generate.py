@@ -410,3 +410,12 @@ def test_an_empty_stop_string_and_an_unknown_character_are_named() -> None:
         generate_text(model, tokenizer, ["a"], 3, stop=["b", ""])
     with pytest.raises(ValueError, match="'x'"):
         generate_text(model, tokenizer, ["abxc"], 3)
+
+
+def test_what_no_memory_holds_is_refused_first(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fusedgpt.gpt.device.total_memory", lambda _: 1 << 20)
+    assert len(generate(model, PROMPTS, 1)) == 4
+    with pytest.raises(ValueError, match=r"writing 4,000 texts of up to 16 tokens at once needs .* GiB"):
+        generate(model, PROMPTS * 1000, 100)
+    with pytest.raises(ValueError, match="max_tokens = 1048577 is not allowed"):
+        generate(model, PROMPTS, (1 << 20) + 1)

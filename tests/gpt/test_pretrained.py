@@ -99,3 +99,12 @@ def test_mistakes_say_what_it_takes(folders: tuple[Path, Path], tmp_path: Path) 
         model.generate(torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="num_return_sequences = 0"):
         GPT.from_pretrained(folders[0]).generate("It", num_return_sequences=0)
+
+
+def test_a_model_beyond_the_memory_is_refused(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fusedgpt.gpt.device.total_memory", lambda _: 50_000)
+    for folder in folders:
+        with pytest.raises(ValueError, match=rf"{folder}: a model of .* needs .* GiB of memory"):
+            GPT.from_pretrained(folder)
