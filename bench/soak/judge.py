@@ -118,7 +118,11 @@ def judge(call: Call, names: Sequence[str], changed: Sequence[str], writes: Sequ
         faults.append("over 300 MB")
     elif isinstance(call.error, Hang):
         faults.append(f"over {SECONDS:.0f} s {_where(call.error)}")
-    elif call.error is not None and not _own(call.error):
+    elif (
+        call.error is not None
+        and not _own(call.error)
+        and not (call.line and not names and _of_system(call.error))
+    ):
         faults.append(f"{type(call.error).__name__} {_where(call.error)}")
     if refused and not faults:
         if call.line:
@@ -169,6 +173,11 @@ def _own(error: BaseException) -> bool:
     if trace is None or not _ours(trace):
         return False
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _of_system(error: BaseException) -> bool:
+    """Whether the system has refused a file whose name was on the command line; the message says which and why."""
+    return isinstance(error, OSError) and error.filename is not None and error.strerror is not None
 
 
 def _ours(trace: TracebackType) -> bool:

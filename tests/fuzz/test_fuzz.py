@@ -15,7 +15,7 @@ from fusedgpt.bench.soak import fuzz, judge
 from fusedgpt.bench.soak.targets import TARGETS, Target
 from fusedgpt.data.untrusted import InputError
 
-INPUTS, PARTS = 20_000, 8
+INPUTS, PARTS = 20_000, 4
 TOLERANT = {"verdicts", "cached-note"}  # what is wrong with a note of the cache is found out anew
 
 
