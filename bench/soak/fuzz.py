@@ -279,11 +279,14 @@ class _World:
                 return Result("accepted")
             name = draw.choice(found)
             names = Path(name).parts[1:]
+            if name.endswith(".toml"):
+                names += ("--",)  # the flag that takes the place of a setting says as much as the file
             before, damaged = self._mutate(name, target.form, draw)
         call = Call(target.call)
         after = self._scan()
-        writes = () if call.error else target.writes
-        own = ["world/cache", *(f"world/{name}" for name in writes)]
+        own = ["world/cache", *(f"world/{name}" for name in target.writes if name and not call.error)]
+        if "" in target.writes and not call.error:
+            own += [name for name in after if name not in before and name.startswith("world/")]
         result = judge(call, names, _differences(before, after), own)
         if damaged and call.code == damaged:
             result = Result("failed", "a damaged file of a checkpoint was used", result.detail)

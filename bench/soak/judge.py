@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import io
+import re
 import resource
 import signal
 import sys
@@ -19,6 +20,8 @@ from ...data.untrusted import InputError
 SECONDS = 5.0  # of processor time
 MEMORY = 300 << 20  # bytes
 LINE = 400  # characters of a message
+# what a terminal obeys: control characters but line break and tab, surrogates, and what turns the direction of text
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 ROOT = Path(package).parent
 
 
@@ -151,8 +154,9 @@ def judge(call: Call, names: Sequence[str], changed: Sequence[str], writes: Sequ
         name for name in changed if not name.startswith(tuple(writes)) and not name.endswith("/.lock")
     ):
         faults.append(f"{'refused, but ' if refused else ''}written: {_general(over[0])}")
-    if not all(line.isprintable() for line in call.err.splitlines()) and not faults:
-        faults.append("control characters on stderr")
+    for name, output in (("stdout", call.out), ("stderr", call.err)):
+        if CONTROL.search(output):
+            faults.append(f"control characters on {name}")
     outcome = "failed" if faults else "refused" if refused else "accepted"
     return Result(outcome, "; ".join(faults), _detail(call, changed))
 
