@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from ...data import cache
 from ...data.corpus import open_corpus
 from ...data.loader import TokenLoader
 from ...data.shards import stored_tokenizer, token_shards
@@ -118,6 +119,7 @@ def make_world(folder: Path) -> None:
 
 def warm() -> None:
     """Fill the cache with notes about files, which hold for these very files and no copies of them."""
+    cache.SETTLED = 0  # the files are new, and would get none
     _cached()
     token_shards("tiny.txt", load_tokenizer(RUN))
 
@@ -227,7 +229,7 @@ TARGETS = [
     Target("cached-shard", 2, "cache/tokens/text-*/*.bin", "shard", _cached),
     Target("cached-meta", 2, "cache/tokens/text-*/meta.json", "json", _cached),
     Target("cached-tokenizer", 2, "cache/tokens/text-*/tokenizer.json", "json", _cached),
-    Target("cached-note", 2, "cache/largest_token/*", "text", _cached),
+    Target("cached-note", 2, "cache/known/*", "json", _cached),
     Target("verdicts", 4, "cache/verified/*", "json", lambda: list(facts(torch.device("cpu")))),
     # the same through the command line
     Target("gpt-generate", 4, ANY, "any", gpt(f"generate {RUN} --max-tokens 5 --seed 1")),
