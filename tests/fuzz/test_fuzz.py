@@ -17,7 +17,7 @@ from fusedgpt.bench.soak.targets import TARGETS, Target
 from fusedgpt.data.untrusted import InputError
 
 INPUTS, PARTS = 20_000, 4
-TOLERANT = {"verdicts", "cached-note"}  # what is wrong with a note of the cache is found out anew
+TOLERANT = ("verdicts", "cached-")  # what is wrong in the cache is found out anew
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_mutated_inputs_are_taken_or_refused_in_one_line(place: Path, part: int)
     report = fuzz.try_inputs(place, INPUTS // PARTS, part, processes=1)
     assert report.inputs == INPUTS // PARTS
     assert not report.failures, "\n".join(report.lines())
-    refusing = {target.name for target in TARGETS} - TOLERANT
+    refusing = {target.name for target in TARGETS if not target.name.startswith(TOLERANT)}
     assert {name for name in refusing if not report.counts[name]["refused"]} == set()
 
 
