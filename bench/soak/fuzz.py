@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from ...data import corpus
+from ...data.untrusted import printable
 from ...gpt.cli import main
 from .judge import Call, Result, judge, limit_time, quiet
 from .mutate import WORDS, mutate, mutate_words
@@ -279,10 +280,12 @@ class _World:
                 return Result("accepted")
             name = draw.choice(found)
             names = Path(name).parts[1:]
-            if name.endswith(".toml"):
-                names += ("--",)  # the flag that takes the place of a setting says as much as the file
             before, damaged = self._mutate(name, target.form, draw)
         call = Call(target.call)
+        if names[-1:] and names[-1].endswith(
+            ".toml"
+        ):  # the flag of a setting, or a file that it names, says as much
+            names += ("--", printable(getattr(call.error, "path", "--")))
         after = self._scan()
         own = ["world/cache", *(f"world/{name}" for name in target.writes if name and not call.error)]
         if "" in target.writes and not call.error:

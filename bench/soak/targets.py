@@ -240,9 +240,9 @@ TARGETS = [
     Target("gpt-import", 3, f"{HF}/*", "any", gpt(f"import {HF} new"), writes=("new",)),
     Target("gpt-import-parts", 3, f"{SHARDED}/*", "any", gpt(f"import {SHARDED} new"), writes=("new",)),
     Target("gpt-tokenize", 3, "tiny.*", "any", gpt("tokenize tiny.txt --tokenizer tiny-bpe.json --out new"), writes=("new",)),
-    Target("gpt-tokenize-parquet", 3, "tiny.parquet", "parquet", gpt("tokenize tiny.parquet --tokenizer word --out new"), writes=("new",)),
-    Target("gpt-tokenize-jsonl", 3, "tiny.jsonl", "jsonl", gpt("tokenize tiny.jsonl --tokenizer bpe --vocab-size 270 --out new"), writes=("new",)),
-    Target("gpt-tokenizer", 3, "tiny.jsonl", "jsonl", gpt("tokenizer train tiny.jsonl --kind word --out new"), writes=("new",)),
+    Target("gpt-tokenize-parquet", 3, "tiny.parquet", "parquet", gpt("tokenize tiny.parquet --tokenizer char --out new"), writes=("new",)),
+    Target("gpt-tokenize-jsonl", 3, "tiny.jsonl", "jsonl", gpt("tokenize tiny.jsonl --tokenizer char --out new"), writes=("new",)),
+    Target("gpt-tokenizer", 3, "tiny.jsonl", "jsonl", gpt("tokenizer train tiny.jsonl --kind bpe --vocab-size 270 --out new"), writes=("new",)),
     Target("gpt-train", 2, "settings.toml", "toml", gpt("train --config settings.toml --help")),
     # command lines
     *(
