@@ -253,6 +253,9 @@ def _parser() -> argparse.ArgumentParser:
     soak.add_argument("--minutes", type=float, default=30.0, metavar="M", help="in all (default: 30)")
     soak.add_argument("--only", choices=("kills", "faults", "fuzz"), help="one part")
     soak.add_argument("--seed", type=int, default=0, help="of moments and mutations (default: 0)")
+    soak.add_argument("--inputs", type=_count, help="mutated inputs (default: 200,000 in 30 minutes)")
+    one = "instead: show what comes of one mutated input"
+    soak.add_argument("--replay", metavar="TARGET:NUMBER", help=one)
     record = "write the record there (default: bench/results/soak-DATE.json, with --only none)"
     soak.add_argument("--out", type=Path, metavar="JSON", help=record)
     return parser

@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import io
+import re
 import resource
 import signal
 import sys
@@ -19,6 +20,8 @@ from ...data.untrusted import InputError
 SECONDS = 5.0  # of processor time
 MEMORY = 300 << 20  # bytes
 LINE = 400  # characters of a message
+# what a terminal obeys: control characters but line break and tab, surrogates, and what turns the direction of text
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 ROOT = Path(package).parent
 
 
@@ -118,7 +121,11 @@ def judge(call: Call, names: Sequence[str], changed: Sequence[str], writes: Sequ
         faults.append("over 300 MB")
     elif isinstance(call.error, Hang):
         faults.append(f"over {SECONDS:.0f} s {_where(call.error)}")
-    elif call.error is not None and not _own(call.error):
+    elif (
+        call.error is not None
+        and not _own(call.error)
+        and not (call.line and not names and _of_system(call.error))
+    ):
         faults.append(f"{type(call.error).__name__} {_where(call.error)}")
     if refused and not faults:
         if call.line:
@@ -147,8 +154,9 @@ def judge(call: Call, names: Sequence[str], changed: Sequence[str], writes: Sequ
         name for name in changed if not name.startswith(tuple(writes)) and not name.endswith("/.lock")
     ):
         faults.append(f"{'refused, but ' if refused else ''}written: {_general(over[0])}")
-    if not all(line.isprintable() for line in call.err.splitlines()) and not faults:
-        faults.append("control characters on stderr")
+    for name, output in (("stdout", call.out), ("stderr", call.err)):
+        if CONTROL.search(output):
+            faults.append(f"control characters on {name}")
     outcome = "failed" if faults else "refused" if refused else "accepted"
     return Result(outcome, "; ".join(faults), _detail(call, changed))
 
@@ -169,6 +177,11 @@ def _own(error: BaseException) -> bool:
     if trace is None or not _ours(trace):
         return False
     return trace.tb_frame.f_code.co_code[trace.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _of_system(error: BaseException) -> bool:
+    """Whether the system has refused a file whose name was on the command line; the message says which and why."""
+    return isinstance(error, OSError) and error.filename is not None and error.strerror is not None
 
 
 def _ours(trace: TracebackType) -> bool:

@@ -1,6 +1,7 @@
 """`make soak`: kill loop, fault loop and fuzzing for half an hour, a table of what was tried and survived, and a record.
 
     python -m fusedgpt.bench soak [--minutes 30] [--only kills|faults|fuzz] [--seed N] [--out FILE.json]
+    python -m fusedgpt.bench soak --only fuzz --inputs 5000 | --replay TARGET:NUMBER
 
 Faults come first, each once; then the mutated inputs; kills fill the rest of the time. What fails is printed at once and its folder kept.
 """
@@ -90,7 +91,14 @@ class Progress:
             self.console.print(text)
 
 
-def run_soak(minutes: float, only: str | None, seed: int, out: Path | None) -> int:
+def run_soak(
+    minutes: float,
+    only: str | None,
+    seed: int,
+    out: Path | None,
+    inputs: int | None = None,
+    replay: str | None = None,
+) -> int:
     """Run the parts and write the record; returns the exit code: 1 where anything failed.
 
     Args:
@@ -98,7 +106,14 @@ def run_soak(minutes: float, only: str | None, seed: int, out: Path | None) -> i
         only: one part: kills, faults or fuzz.
         seed: of the moments of kills and of the mutations.
         out: the record; by default bench/results/soak-DATE.json for a soak of all parts, else none.
+        inputs: how many to mutate; by default 200,000 in 30 minutes.
+        replay: instead, one mutated input, as the line of a failure names it.
     """
+    if replay:
+        from . import fuzz
+
+        print(found := fuzz.replay(replay))
+        return 1 if found.startswith("failed") else 0
     torch.set_num_threads(1)
     until = time.monotonic() + 60 * minutes
     tally, progress = Tally(), Progress()
@@ -110,7 +125,7 @@ def run_soak(minutes: float, only: str | None, seed: int, out: Path | None) -> i
         if only in (None, "faults"):
             _faults(pool, folder, reference, tally, progress)
     if only in (None, "fuzz"):
-        _fuzz(round(INPUTS * minutes / 30), seed, tally, progress)
+        _fuzz(inputs or round(INPUTS * minutes / 30), seed, tally, progress)
     if only in (None, "kills"):
         with lanes() as pool:
             _kills(pool, folder, reference, seed, until, tally, progress)

@@ -27,8 +27,7 @@ from ...gpt.cli import main
 from ...gpt.doctor import facts
 from ...gpt.metrics import overfitting, read_metrics
 from ...gpt.run import load_run
-from ...gpt.train.interruption import Signals
-from ...gpt.train.preparation import prepare
+from ...gpt.train.loop import prepare
 
 TEXT = (
     "the cat sat on the mat, and the dog lay by the door. it rained until noon! then the sun came out.\n" * 12
@@ -45,21 +44,21 @@ class Target:
 
     Args:
         name: of the target.
+        weight: how often it is drawn beside the others.
         file: the mutated file, a pattern in the world; "": `words` are mutated instead.
         form: the format of the file, see `mutate.py`.
         call: reads it; returns the name of the checkpoint that it used, if any, or the command line's exit code.
         words: the command line to mutate.
-        writes: beginnings of the names of what a call that succeeds may create or change.
-        weight: how often the target is drawn.
+        writes: beginnings of the names of what a call that succeeds may create or change; "": what was not there.
     """
 
     name: str
+    weight: int
     file: str
     form: str
     call: Callable[[], Any]
     words: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
-    weight: int = 1
 
 
 def gpt(line: str) -> Callable[[], int]:
@@ -177,8 +176,8 @@ def _load() -> str:
 
 def _resume() -> str:
     chosen = settings.resolve({"steps": 6}, resume=Path(RUN))
-    with Signals() as signals, ExitStack() as held:
-        session = prepare(chosen.config, chosen.out, True, chosen.origins, signals, held)
+    with ExitStack() as held:
+        session = prepare(chosen.config, chosen.out, True, chosen.origins, held)
         held.callback(session.log.close)
         held.callback(session.writer.close)
         name = f"step-{session.step.step:06d}"
@@ -199,61 +198,61 @@ def _settings() -> None:
 STEP = f"{RUN}/checkpoints/step-*"
 ANY = f"{RUN}/**/*[a-z]"
 TARGETS = [
-    *(Target(f"tokenizer-{kind}", f"tiny-{kind}.json", "json", _tokenizer(f"tiny-{kind}.json"), weight=3) for kind in ("bpe", "word", "char", "gpt2")),
-    Target("vocabulary", "tiny-vocabulary/vocab.bpe", "text", lambda: make_tokenizer("gpt2:tiny-vocabulary")),
-    Target("hf-config", f"{HF}/config.json", "json", _import(HF), weight=4),
-    Target("hf-weights", f"{HF}/model.safetensors", "safetensors", _import(HF), weight=4),
-    Target("hf-own-tokenizer", f"{HF}/fusedgpt-tokenizer.json", "json", _import(HF), weight=2),
-    Target("hf-index", f"{SHARDED}/model.safetensors.index.json", "json", _import(SHARDED), weight=4),
-    Target("hf-part", f"{SHARDED}/model-1.safetensors", "safetensors", _import(SHARDED), weight=3),
-    Target("hf-tokenizer", "tiny-foreign/tokenizer.json", "json", _import("tiny-foreign"), weight=3),
-    Target("hf-merges", "tiny-merges/merges.txt", "text", _import("tiny-merges")),
-    Target("run-config", f"{RUN}/config.toml", "toml", _load, weight=4),
-    Target("run-tokenizer", f"{RUN}/tokenizer.json", "json", _load, weight=2),
-    Target("run-state", f"{STEP}/state.json", "json", _load, weight=3),
-    Target("run-weights", f"{STEP}/model.safetensors", "safetensors", _load, weight=3),
-    Target("run-manifest", f"{STEP}/manifest.json", "json", _load, weight=3),
-    Target("resume-state", f"{STEP}/state.json", "json", _resume, writes=(RUN,), weight=3),
-    Target("resume-weights", f"{STEP}/model.safetensors", "safetensors", _resume, writes=(RUN,), weight=2),
-    Target("resume-optimizer", f"{STEP}/optimizer.safetensors", "safetensors", _resume, writes=(RUN,), weight=4),
-    Target("resume-manifest", f"{STEP}/manifest.json", "json", _resume, writes=(RUN,), weight=2),
-    Target("resume-metrics", f"{RUN}/metrics.jsonl", "jsonl", _resume, writes=(RUN,), weight=3),
-    Target("resume-config", f"{RUN}/config.toml", "toml", _resume, writes=(RUN,), weight=2),
-    Target("metrics", f"{RUN}/metrics.jsonl", "jsonl", _metrics, weight=3),
-    Target("settings", "settings.toml", "toml", _settings, weight=4),
-    Target("txt", "tiny.txt", "text", _texts("tiny.txt"), weight=2),
-    Target("jsonl", "tiny.jsonl", "jsonl", _texts("tiny.jsonl"), weight=2),
-    Target("parquet", "tiny.parquet", "parquet", _texts("tiny.parquet"), weight=3),
-    Target("shard", f"{SHARDS}/*.bin", "shard", lambda: _read_data(SHARDS), weight=3),
-    Target("shards-meta", f"{SHARDS}/meta.json", "json", lambda: _read_data(SHARDS), weight=2),
-    Target("shards-tokenizer", f"{SHARDS}/tokenizer.json", "json", lambda: _read_data(SHARDS), weight=2),
-    Target("cached-shard", "cache/tokens/text-*/*.bin", "shard", _cached),
-    Target("cached-meta", "cache/tokens/text-*/meta.json", "json", _cached),
-    Target("cached-tokenizer", "cache/tokens/text-*/tokenizer.json", "json", _cached),
-    Target("cached-note", "cache/known/*", "text", _cached),
-    Target("verdicts", "cache/verified/*", "json", lambda: print(*facts(torch.device("cpu"))), weight=2),
+    *(Target(f"tokenizer-{kind}", 8, f"tiny-{kind}.json", "json", _tokenizer(f"tiny-{kind}.json")) for kind in ("bpe", "word", "char", "gpt2")),
+    Target("vocabulary", 4, "tiny-vocabulary/vocab.bpe", "text", lambda: make_tokenizer("gpt2:tiny-vocabulary")),
+    Target("hf-config", 8, f"{HF}/config.json", "json", _import(HF)),
+    Target("hf-weights", 5, f"{HF}/model.safetensors", "safetensors", _import(HF)),
+    Target("hf-own-tokenizer", 3, f"{HF}/fusedgpt-tokenizer.json", "json", _import(HF)),
+    Target("hf-index", 8, f"{SHARDED}/model.safetensors.index.json", "json", _import(SHARDED)),
+    Target("hf-part", 4, f"{SHARDED}/model-1.safetensors", "safetensors", _import(SHARDED)),
+    Target("hf-tokenizer", 4, "tiny-foreign/tokenizer.json", "json", _import("tiny-foreign")),
+    Target("hf-merges", 2, "tiny-merges/merges.txt", "text", _import("tiny-merges")),
+    Target("run-config", 8, f"{RUN}/config.toml", "toml", _load),
+    Target("run-tokenizer", 5, f"{RUN}/tokenizer.json", "json", _load),
+    Target("run-state", 7, f"{STEP}/state.json", "json", _load),
+    Target("run-weights", 7, f"{STEP}/model.safetensors", "safetensors", _load),
+    Target("run-manifest", 7, f"{STEP}/manifest.json", "json", _load),
+    Target("resume-state", 4, f"{STEP}/state.json", "json", _resume, writes=(RUN,)),
+    Target("resume-weights", 3, f"{STEP}/model.safetensors", "safetensors", _resume, writes=(RUN,)),
+    Target("resume-optimizer", 6, f"{STEP}/optimizer.safetensors", "safetensors", _resume, writes=(RUN,)),
+    Target("resume-manifest", 3, f"{STEP}/manifest.json", "json", _resume, writes=(RUN,)),
+    Target("resume-metrics", 6, f"{RUN}/metrics.jsonl", "jsonl", _resume, writes=(RUN,)),
+    Target("resume-config", 4, f"{RUN}/config.toml", "toml", _resume, writes=(RUN,)),
+    Target("metrics", 10, f"{RUN}/metrics.jsonl", "jsonl", _metrics),
+    Target("settings", 10, "settings.toml", "toml", _settings),
+    Target("txt", 6, "tiny.txt", "text", _texts("tiny.txt")),
+    Target("jsonl", 8, "tiny.jsonl", "jsonl", _texts("tiny.jsonl")),
+    Target("parquet", 6, "tiny.parquet", "parquet", _texts("tiny.parquet")),
+    Target("shard", 8, f"{SHARDS}/*.bin", "shard", lambda: _read_data(SHARDS)),
+    Target("shards-meta", 5, f"{SHARDS}/meta.json", "json", lambda: _read_data(SHARDS)),
+    Target("shards-tokenizer", 4, f"{SHARDS}/tokenizer.json", "json", lambda: _read_data(SHARDS)),
+    Target("cached-shard", 2, "cache/tokens/text-*/*.bin", "shard", _cached),
+    Target("cached-meta", 2, "cache/tokens/text-*/meta.json", "json", _cached),
+    Target("cached-tokenizer", 2, "cache/tokens/text-*/tokenizer.json", "json", _cached),
+    Target("cached-note", 2, "cache/known/*", "json", _cached),
+    Target("verdicts", 4, "cache/verified/*", "json", lambda: list(facts(torch.device("cpu")))),
     # the same through the command line
-    Target("gpt-generate", ANY, "any", gpt(f"generate {RUN} --max-tokens 5 --seed 1"), weight=3),
-    Target("gpt-evaluate", ANY, "any", gpt(f"evaluate {RUN}")),
-    Target("gpt-evaluate-shards", f"{SHARDS}/*", "any", gpt(f"evaluate {RUN} --data {SHARDS}")),
-    Target("gpt-resume", ANY, "any", gpt(f"train --resume {RUN} --steps 4 --epochs 0 --sample-tokens 4 --eval-windows 2"), writes=(RUN,)),
-    Target("gpt-export", ANY, "any", gpt(f"export {RUN} new"), writes=("new",), weight=2),
-    Target("gpt-import", f"{HF}/*", "any", gpt(f"import {HF} new"), writes=("new",), weight=2),
-    Target("gpt-import-parts", f"{SHARDED}/*", "any", gpt(f"import {SHARDED} new"), writes=("new",), weight=2),
-    Target("gpt-tokenize", "tiny.*", "any", gpt("tokenize tiny.txt --tokenizer tiny-bpe.json --out new"), writes=("new",)),
-    Target("gpt-tokenize-parquet", "tiny.parquet", "parquet", gpt("tokenize tiny.parquet --tokenizer word --out new"), writes=("new",)),
-    Target("gpt-tokenize-jsonl", "tiny.jsonl", "jsonl", gpt("tokenize tiny.jsonl --tokenizer bpe --vocab-size 270 --out new"), writes=("new",)),
-    Target("gpt-tokenizer", "tiny.jsonl", "jsonl", gpt("tokenizer train tiny.jsonl --kind word --out new"), writes=("new",)),
-    Target("gpt-train", "settings.toml", "toml", gpt("train --config settings.toml --help")),
+    Target("gpt-generate", 4, ANY, "any", gpt(f"generate {RUN} --max-tokens 5 --seed 1")),
+    Target("gpt-evaluate", 3, ANY, "any", gpt(f"evaluate {RUN}")),
+    Target("gpt-evaluate-shards", 3, f"{SHARDS}/*", "any", gpt(f"evaluate {RUN} --data {SHARDS}")),
+    Target("gpt-resume", 1, ANY, "any", gpt(f"train --resume {RUN} --steps 4 --epochs 0 --sample-tokens 4 --eval-windows 2"), writes=(RUN,)),
+    Target("gpt-export", 3, ANY, "any", gpt(f"export {RUN} new"), writes=("new",)),
+    Target("gpt-import", 3, f"{HF}/*", "any", gpt(f"import {HF} new"), writes=("new",)),
+    Target("gpt-import-parts", 3, f"{SHARDED}/*", "any", gpt(f"import {SHARDED} new"), writes=("new",)),
+    Target("gpt-tokenize", 3, "tiny.*", "any", gpt("tokenize tiny.txt --tokenizer tiny-bpe.json --out new"), writes=("new",)),
+    Target("gpt-tokenize-parquet", 3, "tiny.parquet", "parquet", gpt("tokenize tiny.parquet --tokenizer char --out new"), writes=("new",)),
+    Target("gpt-tokenize-jsonl", 3, "tiny.jsonl", "jsonl", gpt("tokenize tiny.jsonl --tokenizer char --out new"), writes=("new",)),
+    Target("gpt-tokenizer", 3, "tiny.jsonl", "jsonl", gpt("tokenizer train tiny.jsonl --kind bpe --vocab-size 270 --out new"), writes=("new",)),
+    Target("gpt-train", 2, "settings.toml", "toml", gpt("train --config settings.toml --help")),
     # command lines
     *(
-        Target(f"words-{line.split()[0]}", "", "", gpt(""), tuple(line.split()), writes)
+        Target(f"words-{line.split()[0]}", 3, "", "", gpt(""), tuple(line.split()), writes)
         for line, writes in (
             (f"generate {RUN} --max-tokens=3 --top-k 5 --top-p 0.5 --temperature 0.8 --stop x --seed 1 --prompt the", ()),
             (f"evaluate {RUN} --data tiny.txt --device cpu", ()),
             ("tokenize tiny.txt --tokenizer bpe --vocab-size 270 --val-fraction 0.2 --out new", ("",)),
             ("tokenizer train tiny.txt --vocab-size 270 --kind bpe --out new", ("",)),
-            (f"plot {RUN} --out new", ("",)),
+            (f"plot {RUN} --out new", ("", f"{RUN}/loss_curve.png")),
             (f"import {HF} new", ("",)),
             (f"export {RUN} new --format hf", ("",)),
         )

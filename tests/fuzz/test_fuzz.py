@@ -4,6 +4,7 @@ fuzzer finds each kind of mistake."""
 import hashlib
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -15,8 +16,8 @@ from fusedgpt.bench.soak import fuzz, judge
 from fusedgpt.bench.soak.targets import TARGETS, Target
 from fusedgpt.data.untrusted import InputError
 
-INPUTS, PARTS = 20_000, 8
-TOLERANT = {"verdicts", "cached-note"}  # what is wrong with a note of the cache is found out anew
+INPUTS, PARTS = 20_000, 4
+TOLERANT = ("verdicts", "cached-")  # what is wrong in the cache is found out anew
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def test_mutated_inputs_are_taken_or_refused_in_one_line(place: Path, part: int)
     report = fuzz.try_inputs(place, INPUTS // PARTS, part, processes=1)
     assert report.inputs == INPUTS // PARTS
     assert not report.failures, "\n".join(report.lines())
-    refusing = {target.name for target in TARGETS} - TOLERANT
+    refusing = {target.name for target in TARGETS if not target.name.startswith(TOLERANT)}
     assert {name for name in refusing if not report.counts[name]["refused"]} == set()
 
 
@@ -86,7 +87,8 @@ PLANTED: dict[str, tuple[Callable[[], object], str]] = {
     "equal size": (turn, "written: world/tiny.jsonl"),
     "outside": (leave("../outside/new"), "written: outside/new"),
     "refused late": (leave("new", refuse("tiny.txt: no; mend it")), "refused, but written: world/new"),
-    "prints": (lambda: os.write(2, b"") or print("\x1b[31m", file=__import__("sys").stderr), "control characters"),
+    "prints": (lambda: print("\x1b[31m"), "control characters on stdout"),
+    "warns": (lambda: print("\x1b[31m", file=sys.stderr), "control characters on stderr"),
 }  # fmt: skip
 RIGHT: dict[str, tuple[Callable[[], object], str]] = {
     "value": (lambda: 3.5, "accepted"),
@@ -100,7 +102,9 @@ def test_each_kind_of_mistake_is_found_and_nothing_else(place: Path, monkeypatch
     monkeypatch.setattr(judge, "SECONDS", 1.0)
     monkeypatch.setattr(judge, "ROOT", Path(__file__).parent)  # as if these functions were the program's
     calls = PLANTED | RIGHT
-    targets = [Target(name, "tiny.txt", "text", call, writes=("own",)) for name, (call, _) in calls.items()]
+    targets = [
+        Target(name, 1, "tiny.txt", "text", call, writes=("own",)) for name, (call, _) in calls.items()
+    ]
     report = fuzz.try_inputs(place, len(targets), 0, 1, targets=targets)
     found = {failure.first.partition(":")[0]: failure.what for failure in report.failures.values()}
     assert {name: what for name, (_, what) in PLANTED.items() if what not in found.pop(name, "nothing")} == {}
@@ -112,7 +116,7 @@ def test_each_kind_of_mistake_is_found_and_nothing_else(place: Path, monkeypatch
 
 def test_a_call_that_waits_for_ever_is_found(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "BLOCKED", 2.0)
-    targets = [Target("waits", "tiny.txt", "text", lambda: time.sleep(600))]
+    targets = [Target("waits", 1, "tiny.txt", "text", lambda: time.sleep(600))]
     report = fuzz.try_inputs(place, 1, 0, 1, targets=targets)
     assert list(report.failures) == ["blocked for 2 s"]
 
@@ -124,7 +128,7 @@ def test_an_input_comes_again_from_its_number(place: Path, monkeypatch: pytest.M
         data = Path("tiny.txt").read_bytes() if Path("tiny.txt").is_file() else b""
         raise InputError("tiny.txt", hashlib.sha256(data).hexdigest(), "mend it")
 
-    target = Target("txt", "tiny.txt", "text", call)
+    target = Target("txt", 1, "tiny.txt", "text", call)
     again = [fuzz.try_again(place, f"txt:{number}", [target]) for number in (7, 7, 8)]
     assert again[0].startswith("refused")
     assert again[0] == again[1] != again[2]
