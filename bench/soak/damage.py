@@ -57,11 +57,11 @@ def other_step(file: Path) -> None:
 
 
 def future(file: Path) -> None:
-    """What a newer version may write: another number of the format, an unknown key."""
+    """What a newer version may write: another number of the format where there is one, an unknown setting."""
     if file.suffix == ".json":
         content = json.loads(file.read_bytes())
-        key = next((key for key in ("format", "version") if key in content), "format")
-        file.write_text(json.dumps(content | {key: 99}))
+        for key in content.keys() & {"format", "version"}:
+            file.write_text(json.dumps(content | {key: 99}))
     elif file.suffix == ".toml":
         file.write_text("format = 99\n" + file.read_text())
     elif file.suffix == ".safetensors":
