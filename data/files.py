@@ -108,11 +108,16 @@ class AppendedFile:
     Args:
         path: created where it does not exist.
         size: bytes that stay of what is there; None: all.
+
+    Raises:
+        OSError: it cannot be opened, or is no file: a pipe would take records until its reader is gone.
     """
 
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
         with named(path):
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EINVAL, "it is no file")
             self._file = path.open("ab", buffering=0)
             if size is not None and size < self.size:
                 self._file.truncate(size)

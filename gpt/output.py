@@ -5,37 +5,40 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import TextIO
 
 
 class Output(io.TextIOBase):
-    """Standard output that never raises. Once it cannot be written, stderr says so and nothing more is written.
+    """Standard output as it is now, which never raises. Once it cannot be written, stderr says so and nothing more is written.
 
     Characters that its encoding lacks are written as escapes.
     """
 
     def __init__(self) -> None:
+        # kept: on a terminal rich puts an object into sys.stdout that writes here
+        self.stream: TextIO = sys.stdout or io.StringIO()
         self.lost = sys.stdout is None
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return getattr(sys.stdout, "encoding", None) or "utf-8"
+        return getattr(self.stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:
-        return not self.lost and sys.stdout.isatty()
+        return not self.lost and self.stream.isatty()
 
     def fileno(self) -> int:
-        return sys.stdout.fileno()
+        return self.stream.fileno()
 
     def write(self, text: str) -> int:
         if not self.lost:
             with self._watched():
-                sys.stdout.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+                self.stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
         return len(text)
 
     def flush(self) -> None:
         if not self.lost:
             with self._watched():
-                sys.stdout.flush()
+                self.stream.flush()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -46,7 +49,7 @@ class Output(io.TextIOBase):
             # what is still in its buffer would fail again at the interpreter's exit
             with suppress(OSError, ValueError):
                 null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, sys.stdout.fileno())
+                os.dup2(null, self.stream.fileno())
                 os.close(null)
             warn(f"stdout cannot be written ({getattr(error, 'strerror', None) or error}): no more output")
 

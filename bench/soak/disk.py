@@ -63,7 +63,7 @@ def quota_and_on(place: Place) -> None:
     """The same where the configuration says to go on: the next checkpoint is written."""
     argv = [*commands.TRAIN, "--on-save-error", "continue"]
     lift = partial(causes.at_step, 7, causes.lift_limit)
-    place.gpt(argv, _quota(place, 5), lift).expect(0).says("File too large", "step-000003")
+    place.gpt(argv, _quota(place, 5), lift).expect(0).says("File too large")
     place.require_equal("run", passing=("config.toml", "state.json", "manifest.json"))
 
 
@@ -142,7 +142,7 @@ def lost_file(name: str, place: Place) -> None:
     action = partial(shutil.rmtree if name == "checkpoints" else os.remove, f"run/{name}")
     ended = place.gpt(commands.TRAIN, partial(causes.at_step, 5, action)).expect(0, 2)
     if ended.code == 2:
-        ended.refused(name)
+        ended.refused("run")
     if name != "checkpoints" and not (place.run / name).exists():
         shutil.copy2(place.reference / "run" / name, place.run / name)
     place.finish()

@@ -5,6 +5,7 @@ function, called in it before the command, that sets a limit, closes a file or w
 """
 
 import contextlib
+import fcntl
 import functools
 import json
 import multiprocessing
@@ -32,6 +33,7 @@ WALL_CLOCK = (
 )  # fields of metrics.jsonl that differ between equal runs
 PASSING = (".lock", "loss_curve.png")  # of a run folder, not compared
 LENGTHS = "lengths.json"  # in the reference: seconds and changes of files of each job
+PIPE = 1 << 20  # bytes of output that are kept
 SECONDS = 30.0  # for one command, before it counts as hanging
 
 
@@ -76,10 +78,10 @@ class Ended(NamedTuple):
 
 
 class Child:
-    """A running command."""
+    """A running command; what it prints is kept in a pipe, which no limit on files reaches."""
 
-    def __init__(self, process: Any, log: Path) -> None:
-        self.process, self.log, self.start = process, log, time.monotonic()
+    def __init__(self, process: Any, pipe: int) -> None:
+        self.process, self.pipe, self.start = process, pipe, time.monotonic()
 
     def send(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -92,10 +94,14 @@ class Child:
         if hangs := self.process.is_alive():
             self.process.kill()
             self.process.join()
-        output = self.log.read_text(errors="replace") if self.log.exists() else ""
+        output = b""
+        with open(self.pipe, "rb", buffering=0) as printed:
+            while piece := printed.read(PIPE):
+                output += piece
+        text = output.decode(errors="replace")
         if hangs:
-            raise Failed(f"hangs: nothing after {seconds:.0f} s: …{output[-400:]}")
-        return Ended(self.process.exitcode, output, took)
+            raise Failed(f"hangs: nothing after {seconds:.0f} s: …{text[-400:]}")
+        return Ended(self.process.exitcode, text, took)
 
 
 class Place:
@@ -115,12 +121,14 @@ class Place:
                 commands.write_texts()
 
     def start(self, argv: Sequence[str], *causes: Cause) -> Child:
-        log = self.folder.with_name(
-            f"{self.folder.name}.log"
-        )  # outside: faults of the folder do not touch it
+        log = self.folder.with_name(f"{self.folder.name}.log")  # not inside, where a fault could reach it
+        log.unlink(missing_ok=True)
+        os.mkfifo(log)
+        pipe = os.open(log, os.O_RDONLY | os.O_NONBLOCK)
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
         process = _server().Process(target=_command, args=(list(argv), self.folder, log, causes))
         process.start()
-        return Child(process, log)
+        return Child(process, pipe)
 
     def gpt(self, argv: Sequence[str], *causes: Cause) -> Ended:
         return self.start(argv, *causes).wait()
@@ -161,7 +169,7 @@ def _server() -> ForkServerContext:
 
 def _command(argv: list[str], folder: Path, log: Path, causes: Sequence[Cause]) -> None:
     """In the child: run a command of `gpt` with its output in a file."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    descriptor = os.open(log, os.O_WRONLY)
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)

@@ -113,3 +113,13 @@ def test_a_record_is_whole_or_absent(tmp_path, monkeypatch):
     kept = AppendedFile(tmp_path / "metrics.jsonl", size=4)
     kept.append("two\n")
     assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\n"
+
+
+def test_records_go_into_a_file_only(tmp_path):
+    """Opening a pipe would wait for a reader, for good."""
+    os.mkfifo(tmp_path / "samples.txt")
+    reader = os.open(tmp_path / "samples.txt", os.O_RDONLY | os.O_NONBLOCK)
+    with pytest.raises(OSError, match="it is no file") as caught:
+        AppendedFile(tmp_path / "samples.txt")
+    assert caught.value.filename == str(tmp_path / "samples.txt")
+    os.close(reader)
