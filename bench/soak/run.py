@@ -138,13 +138,13 @@ def run_soak(
     )
     if out or not only:
         file = out or record.ROOT / "bench" / "results" / f"soak-{datetime.date.today()}.json"
-        found = {"kind": "soak", **record.machine(torch.device("cpu")), "rows": rows}
-        found |= {
+        entries: dict[str, Any] = {"kind": "soak", **record.machine(torch.device("cpu")), "rows": rows}
+        entries |= {
             "minutes": round((time.monotonic() - started) / 60, 1),
             "seed": seed,
             "failures": tally.problems,
         }
-        record.write(file, found)
+        record.write(file, entries)
         print(file)
     if tally.problems:
         print(f"what failed is in {folder}")
