@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import __version__
 from ..data.files import new_folder, remove_folder, write_file
 from ..data.untrusted import InputError, MissingFile, inside, parse_json, read_bytes, read_json
-from .config import RunConfig
+from .config import RunConfig, shown
 from .model import GPT
 from .optim import Optimizers
 from .settings import FIXED
@@ -47,6 +47,9 @@ _LEFTOVER = re.compile(
 )  # of processes that were killed, as data/files.py names them
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+
+
 class NotFinite(ValueError):
     """The weights are no longer finite: what they would be saved as is no way back."""
 
@@ -55,18 +58,18 @@ class NotFinite(ValueError):
 class State:
     """What resuming takes beside tensors; state.json."""
 
-    step: int
+    step: Count
     loader: dict[str, Any]
     """`TokenLoader.state_dict`; empty for an imported model."""
-    scaler: dict[str, Any] | None
+    scaler: dict[str, float] | None
     """`TrainStep.state`: float16's loss scale."""
     losses: list[float]
     """Of the steps since the last line of the log."""
-    skipped: int
+    skipped: Count
     """Steps skipped since the last line of the log."""
-    in_row: int
+    in_row: Count
     """Steps skipped in a row at the end."""
-    files: dict[str, int]
+    files: dict[str, Count]
     """Bytes of metrics.jsonl and samples.txt that belong to this step."""
     config: dict[str, Any]
     """The run's settings, `RunConfig.flat`."""
@@ -200,42 +203,33 @@ def load_state(checkpoint: Path) -> State:
     """The state of a checkpoint that `verify` has found whole.
 
     Raises:
-        InputError: it is damaged, or lacks the loader's position.
+        InputError: it is damaged or incomplete.
     """
     saved = read_json(checkpoint / STATE, _Saved, REMEDY)
     losses = [math.nan if loss is None else loss for loss in saved.losses]
     state = State(**(vars(saved) | {"losses": losses}))
     if state.step and not state.loader:
         raise InputError(checkpoint / STATE, "it lacks the position in the data", REMEDY)
+    if state.scaler and state.scaler.keys() != {"scale", "_growth_tracker"}:
+        raise InputError(checkpoint / STATE, "its loss scale is incomplete", REMEDY)
     return state
 
 
-def differences(
-    state: State, config: RunConfig, tokenizer: str, data: Mapping[str, Any] | None = None
-) -> list[str]:
-    """What keeps a model, tokenizer or data from going on from a checkpoint, one phrase each.
+def differences(state: State, config: RunConfig, tokenizer: str) -> list[str]:
+    """What keeps a run from using a checkpoint, one phrase each. The loader compares the data: `TokenLoader.load_state_dict`.
 
     Args:
         state: of the checkpoint.
         config: of the run.
         tokenizer: the fingerprint of the run's tokenizer.
-        data: `TokenLoader.state_dict` of the run's data, where training is to go on.
     """
     settings = config.flat()
-    keys = (*FIXED, "optimizer") if data is not None and state.step else FIXED
     found = [
-        f"{key} = {settings[key]!r} instead of {state.config.get(key)!r}"
-        for key in keys
+        f"{key} = {shown(settings[key])} instead of {shown(state.config.get(key))}"
+        for key in (*FIXED, *(["optimizer"] if state.step else []))  # an imported model takes either
         if state.config.get(key) != settings[key]
     ]
-    if tokenizer != state.tokenizer:
-        found.append("another tokenizer.json")
-    if data is not None and state.step:
-        for key in sorted(data.keys() - {"position", "context_length"}):
-            if (was := state.loader.get(key)) != (now := data.get(key)):
-                other = {"data": "other training data", "validation": "other validation data"}
-                found.append(other.get(key, f"{key} = {now!r} instead of {was!r}"))
-    return found
+    return found + (["another tokenizer.json"] if tokenizer != state.tokenizer else [])
 
 
 # ---- into memory

@@ -6,7 +6,7 @@ Training, generation, evaluation and export share it.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from ..data.untrusted import InputError
 from .checkpoint import (
     MANIFEST,
     MODEL,
+    OPTIMIZER,
     STATE,
     State,
     checkpoints,
@@ -84,27 +85,54 @@ def load_run(path: Path, device: str | torch.device = "cpu") -> Run:
         FileNotFoundError: no such run, or no checkpoint in it.
         ValueError: a file in it is damaged, or settings, tokenizer and model do not fit together.
     """
-    path, checkpoint = located(path)
-    config = run_config(path)
-    tokenizer = load_tokenizer(path / "tokenizer.json")
-    require_fit(tokenizer, config.model, path)
-    if checkpoint is None:
-        checkpoint, skipped = valid_checkpoint(path, (MODEL, STATE))
-        warn_of_skipped(skipped)
-    else:
-        verify(checkpoint, (MODEL, STATE))
-    if checkpoint is None:
-        raise FileNotFoundError(f"{path} has no checkpoint; train it with: gpt train --resume {path}")
-    state = load_state(checkpoint)
-    if found := differences(state, config, tokenizer.fingerprint()):
-        remedy = f"put back the config.toml and tokenizer.json of {checkpoint.name}"
-        raise InputError(path, f"it does not fit its checkpoint: {', '.join(found)}", remedy)
-    what = f"{path}: a model of {config.model.parameters:,} parameters"
+    run, named = located(path)
+    config = run_config(run)
+    tokenizer = load_tokenizer(run / "tokenizer.json")
+    checkpoint, state = fitting_checkpoint(run, config, tokenizer, (MODEL, STATE), named)
+    if checkpoint is None or state is None:
+        raise FileNotFoundError(f"{run} has no checkpoint; train it with: gpt train --resume {run}")
+    what = f"{run}: a model of {config.model.parameters:,} parameters"
     require_memory(torch.device(device), 4 * config.model.parameters, what, "load it on a larger machine")
     with torch.device(device):
         model = GPT(config.model)
     load_model(model, checkpoint)
-    return Run(path, config, tokenizer, model.eval(), state.step, state.loader.get("data"))
+    return Run(run, config, tokenizer, model.eval(), state.step, state.loader.get("data"))
+
+
+def fitting_checkpoint(
+    run: Path,
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    names: Collection[str] = (MODEL, OPTIMIZER, STATE),
+    named: Path | None = None,
+) -> tuple[Path, State] | tuple[None, None]:
+    """The checkpoint of a run to use, verified, and its state; what is skipped is said on stderr.
+
+    Args:
+        run: its folder.
+        config, tokenizer: the run's, or those that it is to go on with.
+        names: the files that will be used.
+        named: the checkpoint; None: the newest whose files verify.
+
+    Returns:
+        None where the run has no checkpoint.
+
+    Raises:
+        ValueError: no checkpoint of the run is whole, or it does not fit settings and tokenizer: the differences are listed.
+    """
+    require_fit(tokenizer, config.model, run)
+    if named is not None:
+        verify(named, names)
+    else:
+        named, skipped = valid_checkpoint(run, names)
+        warn_of_skipped(skipped)
+        if named is None:
+            return None, None
+    state = load_state(named)
+    if found := differences(state, config, tokenizer.fingerprint()):
+        remedy = "put back its settings and tokenizer.json, or begin a new run"
+        raise InputError(run, f"it does not fit {named.name}: {', '.join(found)}", remedy)
+    return named, state
 
 
 def located(path: Path) -> tuple[Path, Path | None]:

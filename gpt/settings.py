@@ -110,12 +110,16 @@ def resolve(
     layers = below_flags(preset_name, file, resume)
     values, origins = merge(*layers, ("flag", _checked(flags)))
     run = dict(layers).get(f"run {resume}", {})
-    for key in FIXED:
-        if key in run and values[key] != run[key]:
-            raise ValueError(
-                f"{key} = {shown(values[key])} ({origins[key]}) does not fit {resume}, which was begun with {shown(run[key])}; "
-                f"leave it out, or start a new run with another --out"
-            )
+    changed = [
+        f"{key} = {shown(values[key])} ({origins[key]}) instead of {shown(run[key])}"
+        for key in FIXED
+        if key in run and values[key] != run[key]
+    ]
+    if changed:
+        raise ValueError(
+            f"{resume} was begun with {len(changed)} other settings: {', '.join(changed[:3])}; leave them out, or start a "
+            "new run with another --out"
+        )
     files = {f"run {resume}": Path(f"{resume}", "config.toml"), f"file {file}": file}
     config = _config(values, {key: files.get(origin) for key, origin in origins.items()})
     if resume is not None:

@@ -15,15 +15,10 @@ from ...data.files import AppendedFile
 from ...data.loader import TokenLoader
 from ...data.shards import holds_tokens, stored_tokenizer, token_shards
 from ...data.tokenizers import TRAINED, Tokenizer, load_tokenizer, make_tokenizer
-from ...data.untrusted import InputError
 from ..checkpoint import (
     CheckpointWriter,
-    differences,
     load_model,
     load_optimizers,
-    load_state,
-    valid_checkpoint,
-    warn_of_skipped,
 )
 from ..config import RunConfig, TrainConfig
 from ..device import keep_freed_memory, pick_device, pick_dtype
@@ -32,7 +27,7 @@ from ..lock import lock_run
 from ..metrics import MetricsLog
 from ..model import GPT
 from ..optim import build_optimizers
-from ..run import create_run, require_fit
+from ..run import create_run, fitting_checkpoint
 from ..settings import write_config
 from .display import Display
 from .interruption import Signals, until
@@ -64,8 +59,8 @@ def prepare(
     if device.type == "cpu":
         keep_freed_memory()
     tokenizer = load_tokenizer(out / "tokenizer.json") if resume else build_tokenizer(config.train)
-    if resume:
-        require_fit(tokenizer, config.model, out)
+    checkpoint, state = fitting_checkpoint(out, config, tokenizer) if resume else (None, None)
+    start = state.step if state else 0
     require_prompt(tokenizer, config)
     given, config = config.flat(), settle(config, tokenizer, device)
     compiling = precompile(config, device)
@@ -79,6 +74,8 @@ def prepare(
         document_start=tokenizer.end_of_text if config.train.align_documents else None,
         validation=shards.val,
     )
+    if state and state.loader:
+        loader.load_state_dict(state.loader, origin=out)
     if config.train.epochs:
         steps = math.ceil(config.train.epochs * loader.n_windows / config.train.batch_size)
         config = replace(config, train=replace(config.train, steps=steps))
@@ -89,23 +86,13 @@ def prepare(
         with torch.device(device):
             model = GPT(config.model)
         optimizers = build_optimizers(model, config.train)
-    checkpoint, skipped = valid_checkpoint(out) if resume else (None, [])
-    warn_of_skipped(skipped)
-    state = load_state(checkpoint) if checkpoint else None
-    start = state.step if state else 0
     if start > config.train.steps:
         raise ValueError(f"{out} has done {start:,} steps; go on with --steps and a larger number")
-    if state and (found := differences(state, config, tokenizer.fingerprint(), loader.state_dict())):
-        raise InputError(
-            out, f"cannot go on: {', '.join(found)}", "resume with the same data, seed, model and tokenizer"
-        )
     with explained(config.model, config.train, device):
         if checkpoint:
             load_model(model, checkpoint)
             load_optimizers(model, optimizers, checkpoint)
         step = TrainStep(model, optimizers, until(signals, loader), config.train, step=start)
-    if state and state.loader:
-        loader.load_state_dict(state.loader, origin=out)
     if state and state.scaler:
         step.load_state(state.scaler)
 

@@ -198,7 +198,7 @@ CASES = {
     ),
     "checkpoint of another model": (
         "generate runs/bad-config",
-        ["step-000000", "n_embd = 32 instead of 16", "config.toml"],
+        ["step-000000", "n_embd = 32 instead of 16", "put back"],
     ),
     "another model when resuming": (
         "train --resume runs/tiny --n-embd 32",
@@ -239,7 +239,7 @@ CASES = {
     "import of a run": ("import runs/tiny runs/new", ["runs/tiny", "config.json"]),
     "export to a format of others": (
         "export runs/bad-config out",
-        ["step-000000", "n_embd = 32 instead of 16", "config.toml"],
+        ["step-000000", "n_embd = 32 instead of 16", "put back"],
     ),
 }
 

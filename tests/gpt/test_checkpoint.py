@@ -62,13 +62,14 @@ def run(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def configuration(folder: Path, **changes: Any) -> RunConfig:
     settings: dict[str, Any] = {"steps": 6, "save_interval": 2, "keep_checkpoints": 3, "eval_interval": 6}
     settings |= {
+        "data": str(folder / "text.txt"),
         "tokenizer": "char",
         "batch_size": 4,
         "sample_tokens": 0,
         "device": "cpu",
         "optimizer": "muon",
     }
-    return RunConfig(SHAPE, TrainConfig(data=str(folder / "text.txt"), **(settings | changes)))
+    return RunConfig(SHAPE, TrainConfig(**(settings | changes)))
 
 
 def newest(run: Path) -> Path:
@@ -230,6 +231,9 @@ def test_a_trained_checkpoint_without_its_optimizer_is_refused(run: Path) -> Non
         ({"loader": None}, "Expected `object`, got `null` - at `\\$.loader`"),
         ({"step": "6"}, "Expected `int`, got `str`"),
         ({"step": 2**70}, "state.json: "),
+        ({"skipped": -1}, "Expected `int` >= 0 - at `\\$.skipped`"),
+        ({"files": {"metrics.jsonl": -5}}, "Expected `int` >= 0"),
+        ({"scaler": {"scale": 1.0}}, "its loss scale is incomplete"),
     ],
 )
 def test_a_state_that_lacks_something_is_refused(run: Path, changes: dict[str, Any], message: str) -> None:
@@ -339,35 +343,39 @@ def test_a_model_of_another_shape_is_refused_and_left_as_it_is(run: Path) -> Non
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"seed": 1}, ["seed = 1 instead of 0"]),
-        ({"optimizer": "adamw"}, ["optimizer = 'adamw' instead of 'muon'"]),
-        (
-            {"align_documents": True, "seed": 3},
-            ["document_start = 28 instead of -1", "seed = 3 instead of 0"],
-        ),
-        ({"val_fraction": 0.4}, ["n_windows", "other training data"]),
+        ({"seed": 1}, ["seed 0, now 1"]),
+        ({"align_documents": True, "seed": 3}, ["document_start -1, now 28", "seed 0, now 3"]),
+        ({"val_fraction": 0.4}, ["number of windows 151, now", "training tokens", "validation tokens"]),
+        ({"data": "other.txt"}, ["cannot continue in these data: training tokens"]),
+        ({"optimizer": "adamw"}, ["does not fit step-000006: optimizer = 'adamw' instead of 'muon'"]),
     ],
 )
 def test_a_resume_that_does_not_fit_lists_the_differences(
-    run: Path, original: Path, changes: dict[str, Any], named: list[str]
+    run: Path, original: Path, changes: dict[str, Any], named: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(run.parent)
+    Path("other.txt").write_text(TEXT.replace("fox", "ofx"))
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file() and file.name != ".lock"}
-    with pytest.raises(InputError, match="cannot go on") as caught:
-        train(configuration(original, steps=8, **changes), run, resume=True)
+    with pytest.raises(InputError) as caught:
+        train(configuration(original, **({"steps": 8} | changes)), run, resume=True)
     assert all(name in str(caught.value) for name in named), caught.value
     assert all(file.read_bytes() == data for file, data in before.items())
 
 
-def test_a_resume_with_another_text_or_model_is_refused(run: Path, original: Path, tmp_path: Path) -> None:
-    config = configuration(original, steps=8)
-    (tmp_path / "text.txt").write_text(TEXT.replace("fox", "ofx"))
-    with pytest.raises(InputError, match="cannot go on: other training data"):
-        train(configuration(tmp_path, steps=8), run, resume=True)
-    with pytest.raises(InputError, match=r"cannot go on: n_head = 4 instead of 2, n_embd = 32 instead of 16"):
+def test_another_model_or_tokenizer_is_refused_before_the_text_is_read(
+    run: Path, original: Path, tmp_path: Path
+) -> None:
+    config = configuration(original, steps=8, data=str(tmp_path / "absent"))
+    with pytest.raises(
+        InputError, match=r"does not fit step-000006: n_head = 4 instead of 2, n_embd = 32 instea"
+    ):
         train(replace(config, model=replace(SHAPE, n_embd=32, n_head=4)), run, resume=True)
     CharTokenizer.train([TEXT.replace("q", "Q")]).save(run / "tokenizer.json")
-    with pytest.raises(InputError, match=r"does not fit its checkpoint: another tokenizer\.json; put back"):
-        load_run(run)
+    for use in (lambda: train(config, run, resume=True), lambda: load_run(run)):
+        with pytest.raises(
+            InputError, match=r"does not fit step-000006: another tokenizer\.json; put back its"
+        ):
+            use()
 
 
 def test_a_run_that_another_process_trains_is_refused_and_left_as_it_is(run: Path, original: Path) -> None:

@@ -289,7 +289,7 @@ def test_a_state_comes_back_as_it_was(empty_run: Path) -> None:
     given = state(
         7,
         loader={"position": 28, "data": "ab"},
-        scaler={"scale": 65536.0},
+        scaler={"scale": 65536.0, "_growth_tracker": 7},
         losses=[0.1 + 0.2, math.nan, 1e-300, math.inf],
         files={"metrics.jsonl": 1 << 40},
         versions={"torch": "2.13"},

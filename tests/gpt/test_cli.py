@@ -300,7 +300,10 @@ def test_a_flag_given_twice_means_the_last(trained: list[tuple[Any, ...]]) -> No
         ),
         ("generate tiny", "tiny is not a run: there is no such folder; did you mean 'runs/tiny'?"),
         ("generate elsewhere", "elsewhere is not a run: there is no such folder; there are runs/tiny"),
-        ("train --resume runs/tiny --n-layer 2", "n_layer = 2 (flag) does not fit runs/tiny"),
+        (
+            "train --resume runs/tiny --n-layer 2",
+            "runs/tiny was begun with 1 other settings: n_layer = 2 (flag) instead of 1",
+        ),
         (
             "train --label-smoothing 1.5",
             "label_smoothing = 1.5 is not allowed; it takes a number from 0 to 1",

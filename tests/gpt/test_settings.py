@@ -149,9 +149,15 @@ def test_what_defines_the_model_stays_when_a_run_is_resumed(key: str) -> None:
     changed = other[type(old)]()
     assert resolve({key: old}, resume=run).config.flat()[key] == old
     with pytest.raises(
-        ValueError, match=rf"{key} = {changed!r} \(flag\) does not fit runs/old.*{old!r}.*--out"
+        ValueError, match=rf"runs/old was .* {key} = {changed!r} \(flag\) instead of {old!r};.*--out"
     ):
         resolve({key: changed}, resume=run)
+
+
+def test_all_that_a_resumed_run_cannot_change_is_listed() -> None:
+    listed = r"3 other settings: n_layer = 9 \(flag\) instead of 4, .*n_head = 3 .*gelu = 'exact'"
+    with pytest.raises(ValueError, match=listed):
+        resolve({"n_layer": 9, "n_head": 3, "gelu": "exact", "lr": 0.5}, resume=make_run(n_layer=4))
 
 
 def test_dropout_may_change_when_a_run_is_resumed() -> None:
