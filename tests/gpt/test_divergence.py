@@ -159,7 +159,7 @@ def test_a_run_that_diverges_keeps_its_good_checkpoints_and_fails(config: RunCon
 
 
 def test_a_run_that_stays_diverged_is_stopped_before_its_end(
-    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(divergence, "PATIENCE", 5)
     with pytest.raises(
@@ -167,6 +167,7 @@ def test_a_run_that_stays_diverged_is_stopped_before_its_end(
     ):
         train(with_train(config, lr=1e4, grad_clip=0.0, schedule="constant"), tmp_path / "run")
     assert names(tmp_path / "run") == []
+    assert "stopped after" not in capsys.readouterr().err, "the error says it, once"
 
 
 def test_what_staying_far_above_guessing_means(config: RunConfig) -> None:
