@@ -3,13 +3,14 @@
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any, NotRequired, Protocol, TypedDict
 
 from ..data.files import AppendedFile
-from ..data.untrusted import InputError, parse_json, read_bytes
+from ..data.untrusted import InputError, MissingFile, parse_json, read_bytes
 
 MAX_LOG = 512 << 20  # bytes: 2 million records
 
@@ -92,7 +93,9 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _content(path: Path) -> bytes:
-    return read_bytes(path, MAX_LOG, "remove it; the run goes on without") if path.exists() else b""
+    with suppress(MissingFile):
+        return read_bytes(path, MAX_LOG, "remove it; the run goes on without")
+    return b""
 
 
 def _records(path: Path, content: bytes) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Output that may fail without ending a run: a closed pipe, a full disk behind stdout, a terminal that knows only ASCII."""
 
-import io
 import os
 import sys
 from collections.abc import Iterator
@@ -8,10 +7,10 @@ from contextlib import contextmanager, suppress
 from typing import TextIO
 
 
-class Output(io.TextIOBase):
+class Output:
     """Standard output as it is now, which never raises. Once it cannot be written, stderr says so and nothing more is written.
 
-    Characters that its encoding lacks are written as escapes.
+    Characters that its encoding lacks are written as escapes. It is no io.TextIOBase, whose finalizer flushes.
     """
 
     def __init__(self) -> None:
@@ -20,7 +19,7 @@ class Output(io.TextIOBase):
         self.lost = sys.stdout is None
 
     @property
-    def encoding(self) -> str:  # type: ignore[override]
+    def encoding(self) -> str:
         return getattr(self.stream, "encoding", None) or "utf-8"
 
     def isatty(self) -> bool:

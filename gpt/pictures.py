@@ -1,5 +1,6 @@
 """The loss curves of runs, training and validation, as a picture."""
 
+import os
 from pathlib import Path
 
 from ..data.files import replacing
@@ -25,7 +26,7 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
     colours = mpl.colormaps["tab10"].colors  # type: ignore[attr-defined]
     for i, run in enumerate(runs):
         file = run / "metrics.jsonl"
-        if not file.is_file():
+        if not os.path.isfile(file):  # not Path.is_file, which raises where a name is too long
             raise MissingFile(
                 run, "it has no metrics.jsonl", "name the folder of a run that has been trained"
             )

@@ -104,6 +104,7 @@ def stop(session: Session, reason: str) -> NoReturn:
     with session.optional("the report"):
         write_report(session, reason)
     if session.tried != session.step.step:
+        session.tried = session.step.step
         loss = mean_loss(session.model, session.validation[:1], session.step.dtype)
         if math.isfinite(loss) and loss <= highest_sane(session.config):
             save(session, checked=True)

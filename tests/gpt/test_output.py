@@ -4,6 +4,7 @@ import io
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from fusedgpt.gpt.train.verify import reject
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     monkeypatch.setenv("FUSEDGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(loop, "settled_heap", nullcontext)  # 0.4 s each
+    monkeypatch.setattr(loop, "plot_runs", lambda _: None)
     (tmp_path / "text.txt").write_text(
         "the quick brown fox é jumps over the lazy dog. " * 60, encoding="utf-8"
     )
