@@ -222,6 +222,22 @@ def test_every_shortened_file_is_refused(tmp_path, pq):
             open_corpus(path)
 
 
+def test_flipped_bytes_are_read_or_refused(tmp_path, pq):
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(text=[f"text {i}" for i in range(50)]), path)
+    whole, refused = path.read_bytes(), []
+    for position in range(0, len(whole), len(whole) // 100):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            list(open_corpus(path).train_texts())
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(
+        "a.parquet" in message and message.isprintable() and len(message) <= 400 for message in refused
+    )
+
+
 # ---- numbers
 
 
