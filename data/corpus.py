@@ -293,7 +293,7 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             number += 1
             where = f"{path}, line {number:,}"
             if len(line) > MAX_LINE:
-                raise InputError(where, f"it has more than {MAX_LINE / 1e6:.0f} MB", "split that document")
+                raise InputError(where, f"it has more than {MAX_LINE >> 20} MB", "split that document")
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             try:
                 blank = line.decode().isspace()
@@ -319,7 +319,7 @@ def _read_parquet(path: Path) -> Iterator[str]:
                 for value in batch.column(0):
                     text = value.as_py()
                     row += 1
-                    if text is None:
+                    if not isinstance(text, str):
                         raise InputError(f"{path}, row {row:,}", "there is no text in it", remedy)
                     yield text
     except InputError:
@@ -331,13 +331,16 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 def _check_parquet(path: Path, table: Any) -> None:
     """Raise InputError where a table has no text in it, or claims more of it than a file of its size holds."""
+    import pyarrow as pa
+
     remedy = "write it again, with the text in a column 'text' of strings"
     schema, metadata, size = table.schema_arrow, table.metadata, path.stat().st_size
     if "text" not in schema.names:
         names = ", ".join(repr(printable(name, 20)) for name in schema.names[:5])
         raise InputError(path, f"no column 'text', but {names}", remedy)
     kind = schema.field("text").type
-    if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view"):
+    plain = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if str(plain) not in ("string", "large_string", "string_view"):
         raise InputError(path, f"its column 'text' is {printable(kind, 40)}, not string", remedy)
     if metadata.num_rows > 100 * size:
         raise InputError(path, f"it claims {metadata.num_rows:,} rows in {size:,} bytes", remedy)

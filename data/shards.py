@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -99,6 +101,11 @@ def _cached_shards(corpus: Corpus, tokenizer: Tokenizer, val_fraction: float, pr
         folder = writable_cache() / name
         with suppress(FileNotFoundError):  # another process was faster, or the damaged one cannot be written
             remove_folder(folder)
+    for left in folder.parent.glob(f".{folder.name}.*.tmp"):
+        if (
+            time.time() - left.stat().st_mtime > 86_400
+        ):  # without a new shard for a day: of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
     tokenize(corpus, tokenizer, folder, progress)
     return replace(open_shards(folder, tokenizer), corpus=corpus)
 

@@ -83,6 +83,7 @@ def test_a_hostile_line_is_named(tmp_path, line):
     outcome = read(path)
     assert outcome.startswith(f"{path}, line 3: ")
     assert "; " in outcome
+    assert ("it has more than 16 MB" in outcome) == (len(line) > MAX_LINE)
 
 
 def test_a_line_of_the_largest_size_is_read(tmp_path):
@@ -196,7 +197,7 @@ def test_text_of_another_type_is_refused(tmp_path, pq):
         (pa.array([None]), "null"),
     ):
         pq.write_table(table(text=column), path)
-        assert named in read(path)
+        assert f": its column 'text' is {named}" in read(path)
     pq.write_table(table(**{"\x1b[31m" + "x" * 1000: [1], **{f"column{i}": [1] for i in range(50)}}), path)
     assert read(path).startswith(f"{path}: no column 'text', but '\\\\x1b[31mxxx")
     for column in (pa.array(["a", "b"]).dictionary_encode(), pa.array(["a", "b"], pa.large_string())):
@@ -219,6 +220,22 @@ def test_every_shortened_file_is_refused(tmp_path, pq):
         path.write_bytes(whole[:size])
         with pytest.raises(InputError, match=r"a\.parquet"):
             open_corpus(path)
+
+
+def test_flipped_bytes_are_read_or_refused(tmp_path, pq):
+    path = tmp_path / "a.parquet"
+    pq.write_table(table(text=[f"text {i}" for i in range(50)]), path)
+    whole, refused = path.read_bytes(), []
+    for position in range(0, len(whole), len(whole) // 100):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        try:
+            list(open_corpus(path).train_texts())
+        except InputError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(
+        "a.parquet" in message and message.isprintable() and len(message) <= 400 for message in refused
+    )
 
 
 # ---- numbers

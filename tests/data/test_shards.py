@@ -165,6 +165,18 @@ def test_a_half_made_folder_is_never_taken_for_a_whole_one(text, tmp_path, home)
     ]
 
 
+def test_what_a_kill_left_of_the_same_tokens_is_removed_after_a_day(text, home):
+    tokenizer = make_tokenizer("char", [text.read_text()])
+    folder = token_shards(text, tokenizer).train[0].parent
+    shutil.rmtree(folder)
+    old, new = (folder.with_name(f".{folder.name}.{pid}.tmp") for pid in (1, 2))
+    for left in (old, new):
+        left.mkdir()
+    os.utime(old, (10**9, 10**9))
+    token_shards(text, tokenizer)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [new.name, folder.name]
+
+
 def test_the_slower_of_two_processes_takes_what_is_there(text, home, monkeypatch):
     tokenizer = make_tokenizer("char", [text.read_text()])
     corpus, folder = open_corpus(text), home / "tokens" / "x"
