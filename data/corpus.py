@@ -337,7 +337,8 @@ def _check_parquet(path: Path, table: Any) -> None:
         names = ", ".join(repr(printable(name, 20)) for name in schema.names[:5])
         raise InputError(path, f"no column 'text', but {names}", remedy)
     kind = schema.field("text").type
-    if str(getattr(kind, "value_type", kind)) not in ("string", "large_string", "string_view"):
+    of_values = getattr(kind, "value_type", kind) if hasattr(kind, "index_type") else kind  # of a dictionary
+    if str(of_values) not in ("string", "large_string", "string_view"):
         raise InputError(path, f"its column 'text' is {printable(kind, 40)}, not string", remedy)
     if metadata.num_rows > 100 * size:
         raise InputError(path, f"it claims {metadata.num_rows:,} rows in {size:,} bytes", remedy)

@@ -5,6 +5,7 @@ itself durable. Every OSError names its file.
 """
 
 import errno
+import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -102,6 +103,21 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def not_through_links(path: str, flags: int) -> int:
+    """Open a file that is written in place: an `opener`. A link in a folder from elsewhere may lead to any file.
+
+    Raises:
+        OSError: there is a symbolic link at the path, among others.
+    """
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        what = "it is a symbolic link, which may lead anywhere; put the file itself there, or remove it"
+        raise OSError(errno.ELOOP, what, str(path)) from None
+
+
 class AppendedFile:
     """A file that grows by whole records, each forced to disk; a record that cannot be written leaves nothing of itself.
 
@@ -113,7 +129,7 @@ class AppendedFile:
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
         with named(path):
-            self._file = path.open("ab", buffering=0)
+            self._file = io.FileIO(path, "ab", opener=not_through_links)
             if size is not None and size < self.size:
                 self._file.truncate(size)
         flush(path.parent)

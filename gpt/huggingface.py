@@ -160,8 +160,9 @@ def import_model(folder: str | Path) -> GPT:
     own = {}
     for name in shapes:
         tensor = state.pop(name)
-        if not torch.isfinite(tensor).all():
-            raise InputError(folder, f"{name} has values that are no finite numbers", AGAIN)
+        if not tensor.sum(dtype=torch.float32).isfinite():  # which a checkpoint asks for
+            what = f"{name} has values that are no finite numbers, or too large to be added"
+            raise InputError(folder, what, AGAIN)
         own[name] = (tensor.T if name.endswith(CONV1D) else tensor).to(torch.float32).contiguous()
     head = state.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head.float(), own["wte.weight"]):

@@ -113,3 +113,12 @@ def test_a_record_is_whole_or_absent(tmp_path, monkeypatch):
     kept = AppendedFile(tmp_path / "metrics.jsonl", size=4)
     kept.append("two\n")
     assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\n"
+
+
+def test_a_file_that_is_written_in_place_is_no_link_to_another(tmp_path):
+    (tmp_path / "other").write_text("somebody's")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="symbolic link") as caught:
+        AppendedFile(tmp_path / "metrics.jsonl", size=0)
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "other").read_text() == "somebody's"
