@@ -7,10 +7,13 @@ itself durable. Every OSError names its file.
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
+
+from .untrusted import InputError
 
 
 @contextmanager
@@ -22,6 +25,28 @@ def named(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def in_place(name: str, flags: int) -> int:
+    """An opener for `open` of a file that is written in place: in the folder of a stranger a link can lead to any file.
+
+    Raises:
+        InputError: there is a symbolic link, a pipe or a device of that name.
+    """
+    remedy = "remove it, or put the file itself there"
+    try:
+        # opening a pipe without O_NONBLOCK would wait for a reader
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise InputError(name, "it is a symbolic link", remedy) from None
+        if error.errno == errno.ENXIO:
+            raise InputError(name, "it is no regular file", remedy) from None
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(name, "it is no regular file", remedy)
+    return descriptor
 
 
 def flush(path: Path) -> None:
@@ -116,9 +141,7 @@ class AppendedFile:
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
         with named(path):
-            if path.exists() and not path.is_file():
-                raise OSError(errno.EINVAL, "it is no file")
-            self._file = path.open("ab", buffering=0)
+            self._file = open(path, "ab", buffering=0, opener=in_place)  # noqa: SIM115
             if size is not None and size < self.size:
                 self._file.truncate(size)
         flush(path.parent)

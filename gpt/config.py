@@ -5,6 +5,7 @@ are accepted wherever a name is: in a dictionary, a TOML file or a flag.
 """
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
@@ -85,7 +86,7 @@ class ModelConfig:
         for name in ("vocab_size", "context_length", "n_layer", "n_head", "n_embd"):
             _require_whole(self, name, 1)
         for name in DROPOUTS:
-            _require(0.0 <= getattr(self, name) < 1.0, self, name, "a probability from 0 to below 1")
+            _require(0.0 <= _number(self, name) < 1.0, self, name, "a probability from 0 to below 1")
         if self.n_embd % self.n_head:
             fitting = [heads for heads in range(1, self.n_embd + 1) if self.n_embd % heads == 0]
             nearest = min(fitting, key=lambda heads: abs(heads - self.n_head))
@@ -251,15 +252,16 @@ class TrainConfig:
         for name, low in whole.items():
             _require_whole(self, name, low)
         for name in ("lr", "muon_lr", "weight_decay", "grad_clip", "z_loss", "epochs"):
-            _require(0.0 <= getattr(self, name) < float("inf"), self, name, "a number from 0 up")
+            _require(0.0 <= _number(self, name) < float("inf"), self, name, "a number from 0 up")
         _require(self.epochs <= LARGEST_COUNT, self, "epochs", f"a number from 0 to {LARGEST_COUNT}")
         for name in ("min_lr_ratio", "cooldown_fraction", "label_smoothing", "min_accepted"):
-            _require(0.0 <= getattr(self, name) <= 1.0, self, name, "a number from 0 to 1")
+            _require(0.0 <= _number(self, name) <= 1.0, self, name, "a number from 0 to 1")
         for name in ("beta1", "beta2", "val_fraction"):
-            _require(0.0 <= getattr(self, name) < 1.0, self, name, "a number from 0 to below 1")
+            _require(0.0 <= _number(self, name) < 1.0, self, name, "a number from 0 to below 1")
         for name in ("data", "tokenizer", "prompt", "device"):
-            short = len(getattr(self, name)) <= MAX_STRING
-            _require(short, self, name, f"at most {MAX_STRING} characters")
+            value = getattr(self, name)
+            short = isinstance(value, str) and len(value) <= MAX_STRING
+            _require(short, self, name, f"a string of at most {MAX_STRING} characters")
         if self.micro_batch != "auto":
             allowed = _is_int(self.micro_batch) and self.micro_batch >= 0
             _require(allowed, self, "micro_batch", "a whole number from 0 up, or 'auto'")
@@ -486,6 +488,12 @@ def nearest(name: str, options: Iterable[str]) -> str:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _number(config: object, name: str) -> float:
+    """The setting's value; no number where it has another type."""
+    value = getattr(config, name)
+    return value if isinstance(value, float) or _is_int(value) else math.nan
 
 
 def _require_whole(config: object, name: str, low: int) -> None:

@@ -1,5 +1,6 @@
 """Output that may fail without ending a run: a closed pipe, a full disk behind stdout, a terminal that knows only ASCII."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator

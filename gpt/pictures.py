@@ -16,8 +16,10 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
         out: the file; by default loss_curve.png in the folder of the first run.
 
     Raises:
-        InputError: a folder is not a run, or its log is damaged or holds nothing yet.
+        InputError: a folder is not a run, its log is damaged or holds nothing yet, or `out` is there and no PNG.
     """
+    if out and out.exists() and not _is_png(out):
+        raise InputError(out, "it exists and is no PNG", "choose another file for the picture")
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -70,6 +72,14 @@ def plot_runs(runs: list[Path], out: Path | None = None) -> Path:
     with replacing(out) as png:
         figure.savefig(png, format="png", dpi=120)
     return out
+
+
+def _is_png(file: Path) -> bool:
+    """Whether what is there may be replaced by a picture."""
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def _name(run: Path) -> str:

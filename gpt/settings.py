@@ -178,8 +178,7 @@ def read_run(run: Path) -> dict[str, Any]:
 
 def run_config(run: Path) -> RunConfig:
     """The configuration of the run in the folder `run`. Errors are those of `read_run`."""
-    values = read_run(run)
-    return _config(values, dict.fromkeys(values, run / "config.toml"))
+    return _config(read_run(run), dict.fromkeys(KEYS, run / "config.toml"))
 
 
 def _config(values: Mapping[str, Any], files: Mapping[str, Path | None]) -> RunConfig:

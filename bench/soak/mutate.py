@@ -380,9 +380,8 @@ def mutate_words(words: Sequence[str], random: Random) -> list[str]:
                 (WORDS, [repr(n) for n in NUMBERS], ["9" * 5_000, "1_0", "٣", "0x10", "None", "true"])
             )
         )
-        value = (
-            value.replace("\0", "").lstrip("/") or "''"
-        )  # no argument holds a NUL; nothing outside is for us to overwrite
+        # without what no argument can hold; and no absolute path, for it might be overwritten
+        value = value.replace("\0", "").replace("\ud800", "").lstrip("/") or "''"
         kind = random.randrange(7)
         if kind == 0 and len(words) > 1:
             del words[i]

@@ -27,7 +27,8 @@ from ...gpt.cli import main
 from ...gpt.doctor import facts
 from ...gpt.metrics import overfitting, read_metrics
 from ...gpt.run import load_run
-from ...gpt.train.loop import prepare
+from ...gpt.train.interruption import Signals
+from ...gpt.train.preparation import prepare
 
 TEXT = (
     "the cat sat on the mat, and the dog lay by the door. it rained until noon! then the sun came out.\n" * 12
@@ -176,9 +177,8 @@ def _load() -> str:
 
 def _resume() -> str:
     chosen = settings.resolve({"steps": 6}, resume=Path(RUN))
-    with ExitStack() as held:
-        session = prepare(chosen.config, chosen.out, True, chosen.origins, held)
-        held.callback(session.log.close)
+    with Signals() as signals, ExitStack() as held:
+        session = prepare(chosen.config, chosen.out, True, chosen.origins, signals, held)
         held.callback(session.writer.close)
         name = f"step-{session.step.step:06d}"
         session.step()  # with the state that was loaded

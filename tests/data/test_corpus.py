@@ -122,6 +122,11 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"text": ["x", None]}), tmp_path / "c.parquet")
     with pytest.raises(ValueError, match=r"c\.parquet, row 2: there is no text in it"):
         open_corpus(tmp_path / "c.parquet")
+    pq.write_table(pa.table({"text": [["x"], ["y"]]}), tmp_path / "e.parquet")
+    with pytest.raises(ValueError, match=r"'text' is list<\w+: string>, not string"):
+        open_corpus(tmp_path / "e.parquet")
+    pq.write_table(pa.table({"text": pa.array(["words " * 9] * 2).dictionary_encode()}), tmp_path / "f.parquet")
+    assert "".join(open_corpus(tmp_path / "f.parquet").train_texts())
     write(tmp_path / "d.parquet", "text")
     with pytest.raises(ValueError, match="not a readable parquet file"):
         open_corpus(tmp_path / "d.parquet")

@@ -7,6 +7,7 @@ import pytest
 
 from fusedgpt.data import files
 from fusedgpt.data.files import AppendedFile, make_folder, new_folder, remove_folder, replacing, write_file
+from fusedgpt.data.untrusted import InputError
 
 
 def full(*_):
@@ -119,7 +120,14 @@ def test_records_go_into_a_file_only(tmp_path):
     """Opening a pipe would wait for a reader, for good."""
     os.mkfifo(tmp_path / "samples.txt")
     reader = os.open(tmp_path / "samples.txt", os.O_RDONLY | os.O_NONBLOCK)
-    with pytest.raises(OSError, match="it is no file") as caught:
+    with pytest.raises(InputError, match=r"samples\.txt: it is no regular file"):
         AppendedFile(tmp_path / "samples.txt")
-    assert caught.value.filename == str(tmp_path / "samples.txt")
     os.close(reader)
+
+
+def test_a_file_that_is_written_in_place_is_no_link_to_another(tmp_path):
+    (tmp_path / "other").write_text("somebody's")
+    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "other")
+    with pytest.raises(InputError, match=r"metrics\.jsonl: it is a symbolic link"):
+        AppendedFile(tmp_path / "metrics.jsonl", size=0)
+    assert (tmp_path / "other").read_text() == "somebody's"

@@ -124,7 +124,13 @@ def test_the_picture_is_a_png_and_replaces_the_old_one(tmp_path):
     assert picture == tmp_path / "loss_curve.png"
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["loss_curve.png", "metrics.jsonl"]
-    assert plot_runs([tmp_path, tmp_path], tmp_path / "both.png").exists()
+    for _ in range(2):  # the second takes the place of the first
+        assert plot_runs([tmp_path, tmp_path], tmp_path / "both.png").exists()
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    for other in (tmp_path / "metrics.jsonl", tmp_path):
+        with pytest.raises(InputError, match="it exists and is no PNG; choose another"):
+            plot_runs([tmp_path], other)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_spike_is_marked_in_the_picture(tmp_path):

@@ -10,8 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fusedgpt.data.untrusted import InputError
 from fusedgpt.gpt.config import ALIASES, KEYS, PRESETS, ModelConfig, RunConfig, TrainConfig
-from fusedgpt.gpt.settings import FIXED, SECTIONS, Settings, read_config, read_run, resolve, write_config
+from fusedgpt.gpt.settings import (
+    FIXED,
+    SECTIONS,
+    Settings,
+    read_config,
+    read_run,
+    resolve,
+    run_config,
+    write_config,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -229,6 +239,12 @@ def test_sections_and_flat_keys_say_the_same(toml: Callable[[str], Path]) -> Non
 def test_a_mistake_in_a_file_is_named(text: str, message: str, toml: Callable[[str], Path]) -> None:
     with pytest.raises(ValueError, match=message):
         read_config(toml(text))
+
+
+def test_a_setting_that_a_runs_file_leaves_out_is_named_with_the_file(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text("[model]\nn_embd = 8\n")  # the default of n_head is 12
+    with pytest.raises(InputError, match=r"config\.toml: n_head = 12 does not divide n_embd = 8"):
+        run_config(tmp_path)
 
 
 def test_a_whole_number_does_for_a_float(toml: Callable[[str], Path]) -> None:
