@@ -40,6 +40,9 @@ class Output:
             with self._watched():
                 self.stream.flush()
 
+    def close(self) -> None:
+        """Nothing: the stream stays open, and is no longer flushed when this object is freed."""
+
     @contextmanager
     def _watched(self) -> Iterator[None]:
         try:

@@ -36,6 +36,7 @@ TYPES: dict[str, Any] = get_type_hints(ModelConfig) | get_type_hints(TrainConfig
 # Settings that a resumed run cannot change: its weights or its tokens would no longer fit.
 FIXED = (*(f.name for f in fields(ModelConfig) if f.name not in DROPOUTS), "tokenizer", "bpe_vocab_size")
 MEND = "mend that file; docs/configuration.md lists the settings"
+END = "# end of the settings"
 _TAKES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
@@ -173,7 +174,13 @@ def read_run(run: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{printable(run)[-120:]} is not a run: {what}{nearest(str(run), runs) or there or '; gpt train makes one'}"
         )
-    return read_config(file)
+    values = read_config(file)
+    if (
+        not file.read_bytes().rstrip().endswith(END.encode())
+    ):  # the settings that are missing would take their defaults
+        remedy = f"complete it from the config in a checkpoint's state.json, then end it with: {END}"
+        raise InputError(file, "it is cut short: its last line is missing", remedy)
+    return values
 
 
 def run_config(run: Path) -> RunConfig:
@@ -217,7 +224,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> None:
-    """Write every setting as TOML with its origin in a comment; "default" if `origins` lacks it."""
+    """Write every setting as TOML with its origin in a comment; "default" if `origins` lacks it. The last line is END."""
     lines = ["# The settings of this run. Another one like it: gpt train --config THIS_FILE --out FOLDER"]
     for section, values in asdict(config).items():
         lines += ["", f"[{section}]"]
@@ -226,7 +233,7 @@ def write_config(path: Path, config: RunConfig, origins: Mapping[str, str]) -> N
             text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
             origin = printable(origins.get(key, "default"), 100)  # a long path may fill no file
             lines.append(f"{f'{key} = {text}':<40}  # from {origin}")
-    write_file(path, "\n".join(lines) + "\n")
+    write_file(path, "\n".join([*lines, "", END]) + "\n")
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:

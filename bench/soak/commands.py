@@ -44,6 +44,7 @@ JOBS = (
     Job("the first half", HALF, "run", "half", again=RESUME),
     Job("resuming", WHOLE, "run", "resumed", ("half", "run"), WHOLE),
     Job("saving at each step", OFTEN, "run", "often", again=RESUME),
+    Job("saving in the background", [*OFTEN, "--async-save"], "run", "background", again=RESUME),
     Job("tokenizing", TOKENIZE, "shards", "shards"),
     Job("training a tokenizer", TOKENIZER, "tokenizer.json", "tokenizer.json"),
     Job("exporting", EXPORT, "exported", "exported", ("run", "run")),

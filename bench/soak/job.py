@@ -122,7 +122,7 @@ def no_memory(name: str, place: Place) -> None:
         "for a step": ["--batch-size", "4096", "--micro-batch", "4096"],
     }
     ended = place.gpt([*commands.TRAIN, *more[name]], partial(causes.limit_memory, 200 << 20))
-    ended.refused("memory")
+    ended.refused("GiB")
     if place.run.exists():
         shutil.rmtree(place.run)
     place.finish()
@@ -146,11 +146,11 @@ def one_bad_step(place: Place) -> None:
 
 
 def many_bad_steps(place: Place) -> None:
-    """NaN from a step on: training stops with a report, and the checkpoint from before is kept and continued."""
+    """NaN from a step on: training stops with a report, and a checkpoint is there; its weights, which no skipped step has touched, go on."""
     argv = [*commands.TRAIN, "--max-skipped", "3"]
-    place.gpt(argv, partial(causes.spoil_gradients, 7)).refused("skipped", "step 7")
-    if not [step for step in steps(place.run) if step <= 7]:
-        raise Failed(f"no checkpoint from before: {steps(place.run)}")
+    place.gpt(argv, partial(causes.spoil_gradients, 7)).refused("skipped", "checkpoint of step")
+    if not steps(place.run):
+        raise Failed("no checkpoint")
     place.gpt(commands.RESUME).expect(0)
     if b"NaN" in (place.run / "metrics.jsonl").read_bytes():
         raise Failed("NaN in metrics.jsonl, which JSON does not have")

@@ -173,6 +173,11 @@ def _command(argv: list[str], folder: Path, log: Path, causes: Sequence[Cause]) 
     for standard in (1, 2):
         os.dup2(descriptor, standard)
     os.close(descriptor)
+    # anew: those of the server may have been files, in which one can seek
+    sys.stdout, sys.stderr = (
+        open(number, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
+        for number in (1, 2)
+    )
     os.chdir(folder)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -191,5 +191,5 @@ SCENARIOS = (
         Scenario("power cut", f"states {part + 1}, {part + 1 + PARTS}, ...", partial(power_cuts, part, PARTS))
         for part in range(PARTS)
     ),
-    Scenario("power cut", "every 20th state", partial(power_cuts, 5, 20), True),
+    Scenario("power cut", "every 40th state", partial(power_cuts, 25, 40), True),
 )

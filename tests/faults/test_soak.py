@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fusedgpt.bench.soak import powercut, run
+from fusedgpt.bench import readme
+from fusedgpt.bench.soak import powercut, report, run
 from fusedgpt.bench.soak.place import Ended, Failed, Place, differences
 from fusedgpt.bench.soak.scenario import Scenario
 
@@ -114,3 +115,28 @@ def test_a_run_that_differs_is_noticed(place: Place) -> None:
     (place.run / "samples.txt").write_text("other")
     with pytest.raises(Failed, match=r"samples\.txt has other content"):
         place.require_equal("run")
+
+
+def test_the_page_shows_the_newest_records(tmp_path: Path) -> None:
+    """Counts of kills and faults a row each, mutated inputs in one, and what saving costs."""
+    about = {"date": "2026-01-02", "versions": {"device": "a CPU", "torch": "2"}, "commit": "abc"}
+    counts = [
+        ("kill -9", "training", 8, 8, 0),
+        ("input", "config", 900, 900, 0),
+        ("input", "shard", 100, 99, 0),
+    ]
+    names = ("name", "case", "tried", "survived", "skipped")
+    rows = [dict(zip(names, row, strict=True)) for row in counts]
+    costs = [{"case": "tiny", "side": "in place", "step": 20.0, "milliseconds": 50.0, "share": 0.005}]
+    soak = {**about, "kind": "soak", "rows": rows, "minutes": 30.0, "seed": 0}
+    newest = {
+        "soak": (tmp_path / "soak.json", soak),
+        "saving": (tmp_path / "saving.json", {**about, "kind": "saving", "rows": costs}),
+    }
+    lines = report.block(newest).splitlines()
+    assert "| kill -9 | training | 8 | 8 | – |" in lines
+    assert "| mutated input | 2 kinds of files and flags | 1,000 | 999 | – |" in lines
+    assert "| **all** |  | 1,008 | 1,007 | – |" in lines
+    assert "| tiny | in place | 20.0 ms | 50.0 ms | 0.50% |" in lines
+    assert readme.blocks(newest, tmp_path)["docs/reliability.md"] == report.block(newest)
+    assert readme.blocks(newest, tmp_path)["README.md"] == ""

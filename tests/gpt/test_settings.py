@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fusedgpt.data.untrusted import InputError
 from fusedgpt.gpt.config import ALIASES, KEYS, PRESETS, ModelConfig, RunConfig, TrainConfig
 from fusedgpt.gpt.settings import (
+    END,
     FIXED,
     SECTIONS,
     Settings,
@@ -59,7 +60,7 @@ def test_each_source_stands_over_the_one_before(toml: Callable[[str], Path]) -> 
     """Six settings, each given by one source more than the one before: every source wins exactly once."""
     run = make_run(weight_decay=0.21, beta1=0.31, beta2=0.41, grad_clip=0.51)
     # the run's config.toml holds every key: cut it to what the resumed run shall decide
-    (run / "config.toml").write_text("beta1 = 0.31\nbeta2 = 0.41\ngrad_clip = 0.51\n")
+    (run / "config.toml").write_text(f"beta1 = 0.31\nbeta2 = 0.41\ngrad_clip = 0.51\n{END}\n")
     file = toml("beta2 = 0.42\ngrad_clip = 0.52\n")
     settings = resolve({"grad_clip": 0.53}, preset_name="verdict", file=file, resume=run)
     assert value_and_origin(settings, "min_lr_ratio") == (TrainConfig().min_lr_ratio, "default")
@@ -269,6 +270,18 @@ def test_what_is_written_reads_back(name: str) -> None:
     config = RunConfig.from_flat(PRESETS[name])
     write_config(Path("config.toml"), config, {})
     assert RunConfig.from_flat(read_config(Path("config.toml"))) == config
+
+
+def test_a_runs_settings_that_were_cut_short_are_refused(tmp_path: Path) -> None:
+    """At any line's end they are TOML; what is missing would take its default."""
+    file = tmp_path / "config.toml"
+    write_config(file, RunConfig.from_flat(PRESETS["tales"]), {})
+    assert read_run(tmp_path)
+    lines = file.read_text().splitlines(keepends=True)
+    for kept in range(0, len(lines), 7):
+        file.write_text("".join(lines[:kept]))
+        with pytest.raises(InputError, match=r"config\.toml: it is cut short"):
+            read_run(tmp_path)
 
 
 @given(
