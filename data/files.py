@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from .untrusted import InputError
+
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
@@ -22,6 +24,20 @@ def named(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def no_link(name: str, flags: int) -> int:
+    """An opener for `open` that follows no symbolic link: in the folder of a stranger one can lead to any file.
+
+    Raises:
+        InputError: there is one of that name.
+    """
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise InputError(name, "it is a symbolic link", "remove it, or put the file itself there") from None
 
 
 def flush(path: Path) -> None:
@@ -50,7 +66,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with named(path), temporary.open("wb") as file:
+        with named(path), open(temporary, "wb", opener=no_link) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -113,7 +129,7 @@ class AppendedFile:
     def __init__(self, path: Path, size: int | None = None) -> None:
         self.path = path
         with named(path):
-            self._file = path.open("ab", buffering=0)
+            self._file = open(path, "ab", buffering=0, opener=no_link)  # noqa: SIM115
             if size is not None and size < self.size:
                 self._file.truncate(size)
         flush(path.parent)

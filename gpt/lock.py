@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..data.files import no_link
 from ..data.untrusted import InputError, printable
 
 
@@ -18,7 +19,7 @@ def lock_run(run: Path) -> Iterator[None]:
         InputError: another process holds it.
         OSError: the file cannot be written, or the file system has no locks.
     """
-    with (run / ".lock").open("a+", encoding="utf-8", errors="replace") as file:
+    with open(run / ".lock", "a+", encoding="utf-8", errors="replace", opener=no_link) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

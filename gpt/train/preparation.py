@@ -83,12 +83,6 @@ def prepare(
         steps = math.ceil(config.train.epochs * loader.n_windows / config.train.batch_size)
         config = replace(config, train=replace(config.train, steps=steps))
     validation = validation_batches(shards, config.train, config.model.context_length, device)
-
-    torch.manual_seed(config.train.seed)
-    with explained(config.model, config.train, device):
-        with torch.device(device):
-            model = GPT(config.model)
-        optimizers = build_optimizers(model, config.train)
     checkpoint, skipped = valid_checkpoint(out) if resume else (None, [])
     warn_of_skipped(skipped)
     state = load_state(checkpoint) if checkpoint else None
@@ -99,7 +93,11 @@ def prepare(
         raise InputError(
             out, f"cannot go on: {', '.join(found)}", "resume with the same data, seed, model and tokenizer"
         )
+    torch.manual_seed(config.train.seed)
     with explained(config.model, config.train, device):
+        with torch.device(device):
+            model = GPT(config.model)
+        optimizers = build_optimizers(model, config.train)
         if checkpoint:
             load_model(model, checkpoint)
             load_optimizers(model, optimizers, checkpoint)

@@ -7,6 +7,7 @@ import pytest
 
 from fusedgpt.data import files
 from fusedgpt.data.files import AppendedFile, make_folder, new_folder, remove_folder, replacing, write_file
+from fusedgpt.data.untrusted import InputError
 
 
 def full(*_):
@@ -113,3 +114,19 @@ def test_a_record_is_whole_or_absent(tmp_path, monkeypatch):
     kept = AppendedFile(tmp_path / "metrics.jsonl", size=4)
     kept.append("two\n")
     assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\n"
+
+
+def test_nothing_is_written_through_a_symbolic_link(tmp_path):
+    """A run folder of a stranger can hold a link to any file of the user."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    link = tmp_path / "metrics.jsonl"
+    link.symlink_to(precious)
+    with pytest.raises(InputError, match=r"metrics\.jsonl: it is a symbolic link"):
+        AppendedFile(link, 0)
+    unfinished = tmp_path / f".state.json.{os.getpid()}.tmp"
+    unfinished.symlink_to(precious)
+    with pytest.raises(InputError, match="it is a symbolic link"):
+        write_file(tmp_path / "state.json", "theirs")
+    write_file(link, "{}")  # takes the place of the link
+    assert (precious.read_text(), link.read_text(), link.is_symlink()) == ("mine", "{}", False)

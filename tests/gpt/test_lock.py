@@ -46,3 +46,12 @@ def test_what_the_lock_says_is_printable(tmp_path: Path) -> None:
             pass
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) <= 400
+
+
+def test_a_lock_is_not_written_through_a_link(tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    (tmp_path / ".lock").symlink_to(precious)
+    with pytest.raises(InputError, match=r"\.lock: it is a symbolic link"), lock_run(tmp_path):
+        pytest.fail("it is written")
+    assert precious.read_text() == "mine"
