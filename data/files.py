@@ -75,7 +75,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with named(path), temporary.open("wb") as file:
+        with named(path), open(temporary, "wb", opener=in_place) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

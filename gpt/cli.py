@@ -45,6 +45,11 @@ def parse(argv: Sequence[str]) -> Any:
         ValueError: an unknown command or flag, the nearest one is named; a wrong value.
         SystemExit: help was requested.
     """
+    for word in argv:
+        try:
+            os.fsencode(word)
+        except UnicodeEncodeError:  # no shell passes it, but a caller of `main` may
+            raise ValueError(f"{word[:50]!r} holds half of a surrogate pair; write it in UTF-8") from None
     name = argv[0] if argv else "--help"
     if name.startswith("-"):
         commands = tuple(

@@ -155,9 +155,9 @@ def import_model(folder: str | Path) -> GPT:
     folder = Path(folder)
     config = _read_config(folder)
     shapes = _shapes(config)
+    state = _read_state(folder, shapes)
     with torch.device("meta"):  # no time spent on initial weights
         model = GPT(config)
-    state = _read_state(folder, shapes)
     own = {}
     for name in shapes:
         tensor = state.pop(name)
@@ -226,13 +226,12 @@ def _file(folder: Path, name: str, origin: Path | None = None) -> Path:
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a GPT-2 with all its biases, as our modules have them."""
-    with torch.device("meta"):
-        full = GPT(
-            ModelConfig(
-                config.vocab_size, config.context_length, config.n_layer, config.n_head, config.n_embd
-            )
-        )
-    shapes = {name: tuple(p.shape) for name, p in full.named_parameters()}
+    with torch.device("meta"):  # one layer: a thousand take a second
+        one = GPT(ModelConfig(config.vocab_size, config.context_length, 1, config.n_head, config.n_embd))
+    shapes = {}
+    for name, p in one.named_parameters():
+        for layer in range(config.n_layer if name.startswith("h.0.") else 1):
+            shapes[name.replace("h.0.", f"h.{layer}.", 1)] = tuple(p.shape)
     return shapes | {"wte.weight": (config.vocab_size, config.n_embd)}
 
 

@@ -31,7 +31,7 @@ class CharTokenizer(TokenizerBase):
         for part in training_parts(texts):
             characters.update(part)
         if not characters:
-            raise ValueError("there is no character in the text to make a vocabulary of")
+            raise ValueError("there is no character in the text to make a vocabulary of; give another text")
         return cls("".join(sorted(characters)))
 
     def _encode(self, text: str, offset: int) -> list[int]:

@@ -57,7 +57,7 @@ class WordTokenizer(TokenizerBase):
             counts.update(split_items(part))
         words = sorted(word for word in counts.keys() - set(UNKNOWN_NAMES) if len(word.encode()) <= MAX_TOKEN)
         if not words:
-            raise ValueError("there is no word in the text to make a vocabulary of")
+            raise ValueError("there is no word in the text to make a vocabulary of; give another text")
         if vocab_size is not None:
             words = sorted(sorted(words, key=lambda word: -counts[word])[: vocab_size - 2])
         elif len(words) + 2 > MAX_VOCAB_SIZE:

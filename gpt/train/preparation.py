@@ -80,15 +80,13 @@ def prepare(
         steps = math.ceil(config.train.epochs * loader.n_windows / config.train.batch_size)
         config = replace(config, train=replace(config.train, steps=steps))
     validation = validation_batches(shards, config.train, config.model.context_length, device)
-
+    if start > config.train.steps:
+        raise ValueError(f"{out} has done {start:,} steps; go on with --steps and a larger number")
     torch.manual_seed(config.train.seed)
     with explained(config.model, config.train, device):
         with torch.device(device):
             model = GPT(config.model)
         optimizers = build_optimizers(model, config.train)
-    if start > config.train.steps:
-        raise ValueError(f"{out} has done {start:,} steps; go on with --steps and a larger number")
-    with explained(config.model, config.train, device):
         if checkpoint:
             load_model(model, checkpoint)
             load_optimizers(model, optimizers, checkpoint)

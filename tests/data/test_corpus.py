@@ -125,7 +125,9 @@ def test_parquet(tmp_path):
     pq.write_table(pa.table({"text": [["x"], ["y"]]}), tmp_path / "e.parquet")
     with pytest.raises(ValueError, match=r"'text' is list<\w+: string>, not string"):
         open_corpus(tmp_path / "e.parquet")
-    pq.write_table(pa.table({"text": pa.array(["words " * 9] * 2).dictionary_encode()}), tmp_path / "f.parquet")
+    pq.write_table(
+        pa.table({"text": pa.array(["words " * 9] * 2).dictionary_encode()}), tmp_path / "f.parquet"
+    )
     assert "".join(open_corpus(tmp_path / "f.parquet").train_texts())
     write(tmp_path / "d.parquet", "text")
     with pytest.raises(ValueError, match="not a readable parquet file"):

@@ -125,9 +125,17 @@ def test_records_go_into_a_file_only(tmp_path):
     os.close(reader)
 
 
-def test_a_file_that_is_written_in_place_is_no_link_to_another(tmp_path):
-    (tmp_path / "other").write_text("somebody's")
-    (tmp_path / "metrics.jsonl").symlink_to(tmp_path / "other")
+def test_nothing_is_written_through_a_symbolic_link(tmp_path):
+    """A run folder of a stranger can hold a link to any file of the user."""
+    precious = tmp_path / "precious"
+    precious.write_text("mine")
+    link = tmp_path / "metrics.jsonl"
+    link.symlink_to(precious)
     with pytest.raises(InputError, match=r"metrics\.jsonl: it is a symbolic link"):
-        AppendedFile(tmp_path / "metrics.jsonl", size=0)
-    assert (tmp_path / "other").read_text() == "somebody's"
+        AppendedFile(link, 0)
+    unfinished = tmp_path / f".state.json.{os.getpid()}.tmp"
+    unfinished.symlink_to(precious)
+    with pytest.raises(InputError, match="it is a symbolic link"):
+        write_file(tmp_path / "state.json", "theirs")
+    write_file(link, "{}")  # takes the place of the link
+    assert (precious.read_text(), link.read_text(), link.is_symlink()) == ("mine", "{}", False)

@@ -124,6 +124,15 @@ def test_a_closed_stream_is_no_traceback(command: str, code: int, closed: str) -
     assert "Traceback" not in done.stderr
 
 
+def test_a_file_does_not_take_the_number_of_a_closed_stream() -> None:
+    """What a library in C prints would go into it."""
+    program = (
+        "import os; from fusedgpt.gpt.cli import main; main(['--version']); os._exit(os.open('made', 65))"
+    )
+    line = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} <&- >&- 2>&-; echo $?"
+    assert int(subprocess.run(line, shell=True, capture_output=True, text=True, timeout=120).stdout) > 2
+
+
 @pytest.mark.parametrize("full", [">/dev/full", "2>/dev/full", ">/dev/full 2>/dev/full"])
 def test_a_full_stream_is_no_traceback(full: str) -> None:
     done = shell(f"(gpt train --help {full}); echo $?")
