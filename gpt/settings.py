@@ -146,8 +146,13 @@ def in_use(path: Path) -> bool:
 
 
 def require_unused(folder: Path) -> None:
-    """Raise FileExistsError if `folder` is a file or not empty: nothing is ever overwritten."""
+    """Raise FileExistsError if `folder` is a file or not empty: nothing is ever overwritten. Nor can the current folder or a
+    mount point be created under another name and renamed when it is complete."""
     if not in_use(folder):
+        if folder.exists() and (folder.samefile(".") or folder.is_mount()):
+            raise FileExistsError(
+                f"{folder}: the current folder and mount points cannot be renamed; name a folder in it"
+            )
         return
     if (folder / "config.toml").exists():
         raise FileExistsError(

@@ -191,6 +191,12 @@ def test_a_run_continues_in_its_own_folder_only() -> None:
         resolve({}, resume=run, out=Path("elsewhere"))
 
 
+def test_the_current_folder_cannot_become_a_run() -> None:
+    for folder in (Path(), Path("../" + Path.cwd().name), Path.cwd()):
+        with pytest.raises(FileExistsError, match="name a folder in it"):
+            resolve({}, out=folder)
+
+
 def test_a_folder_in_use_is_refused_and_the_remedy_named() -> None:
     run = make_run()
     with pytest.raises(FileExistsError, match=r"runs/old: output folder in use.*--resume runs/old"):
