@@ -28,6 +28,7 @@ LIMITS = {
     "tokens in a shard": 2**31 - 1,  # an int32 in its header
     "bytes in a `.txt` file": corpus.MAX_TEXT,
     "bytes in a line of a `.jsonl` file": corpus.MAX_LINE,
+    "bytes of text in a row group of a `.parquet` file, or 50 times the file's size": corpus.MAX_GROUP,
     "bytes in a run's `metrics.jsonl`": metrics.MAX_LOG,
     "tales of `tales:N`": corpus.MAX_TALES,
     "seconds without a byte of a download": int(download.STALL),
