@@ -122,6 +122,8 @@ def resolve(
             "new run with another --out"
         )
     files = {f"run {resume}": Path(f"{resume}", "config.toml"), f"file {file}": file}
+    if resume is not None:  # its file is where a setting that has its default should stand
+        files["default"] = files[f"run {resume}"]
     config = _config(values, {key: files.get(origin) for key, origin in origins.items()})
     if resume is not None:
         return Settings(config, resume, True, origins)

@@ -173,7 +173,7 @@ def _make_pristine(folder: Path) -> None:
 def _surroundings(folder: Path) -> None:
     """The environment of everything that runs in a copy of the world: its own cache and home, no network, one thread."""
     os.environ["FUSEDGPT_CACHE"] = str(folder / "world/cache")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder / "world/tiktoken")
+    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder / "world/cache/tiktoken")
     os.environ["HOME"] = str(folder / "home")
     os.environ["COLUMNS"] = "200"
     for name in ("http_proxy", "https_proxy"):

@@ -252,6 +252,8 @@ def test_a_setting_that_a_runs_file_leaves_out_is_named_with_the_file(tmp_path: 
     (tmp_path / "config.toml").write_text(f"[model]\nn_embd = 8\n{END}\n")  # the default of n_head is 12
     with pytest.raises(InputError, match=r"config\.toml: n_head = 12 does not divide n_embd = 8"):
         run_config(tmp_path)
+    with pytest.raises(InputError, match=r"config\.toml: n_head = 12 does not divide n_embd = 8"):
+        resolve({}, resume=tmp_path)
 
 
 def test_a_whole_number_does_for_a_float(toml: Callable[[str], Path]) -> None:
