@@ -19,6 +19,7 @@ HALF = [*TRAIN, "--steps", str(STEPS // 2), "--schedule", "constant"]
 WHOLE = [*RESUME, "--steps", str(STEPS)]
 SHARDED = ["train", "--data", "shards", *TRAIN[3:]]
 OFTEN = [*TRAIN, "--save-interval", "1"]
+BACKGROUND = [*OFTEN, "--async-save"]
 TOKENIZE = ["tokenize", str(TEXT), "--tokenizer", "char", "--out", "shards"]
 TOKENIZER = ["tokenizer", "train", str(TEXT), "--vocab-size", "300", "--out", "tokenizer.json"]
 EXPORT = ["export", "run", "exported"]
@@ -44,7 +45,7 @@ JOBS = (
     Job("the first half", HALF, "run", "half", again=RESUME),
     Job("resuming", WHOLE, "run", "resumed", ("half", "run"), WHOLE),
     Job("saving at each step", OFTEN, "run", "often", again=RESUME),
-    Job("saving in the background", [*OFTEN, "--async-save"], "run", "background", again=RESUME),
+    Job("saving in the background", BACKGROUND, "run", "background", again=RESUME),
     Job("tokenizing", TOKENIZE, "shards", "shards"),
     Job("training a tokenizer", TOKENIZER, "tokenizer.json", "tokenizer.json"),
     Job("exporting", EXPORT, "exported", "exported", ("run", "run")),

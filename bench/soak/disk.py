@@ -67,6 +67,14 @@ def quota_and_on(place: Place) -> None:
     place.require_equal("run", passing=("config.toml", "state.json", "manifest.json"))
 
 
+def quota_in_background(place: Place) -> None:
+    """A checkpoint that cannot be written in the background: training says so at the next one, and goes on later."""
+    ended = place.gpt(commands.BACKGROUND, _quota(place, 5))
+    ended.refused("optimizer.safetensors", "File too large")
+    place.go_on().expect(0)
+    place.require_equal("run", "background")
+
+
 def _quota(place: Place, step: int) -> partial[None]:
     sizes = [
         (place.reference / "stopped" / "checkpoints" / "step-000006" / f"{name}.safetensors").stat().st_size
@@ -155,6 +163,7 @@ SCENARIOS = (
     ),
     Scenario("disk", "quota between model and optimizer", quota_between_files, True),
     Scenario("disk", "the same, --on-save-error continue", quota_and_on, True),
+    Scenario("disk", "the same, --async-save", quota_in_background, True),
     Scenario("disk", "a short write in the log", short_write, True),
     Scenario("disk", "a folder that cannot be written", unwritable, True),
     Scenario("disk", "a run that cannot be written is resumed", unwritable_run, True),

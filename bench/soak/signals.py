@@ -56,6 +56,16 @@ def anywhere(seed: int, place: Place) -> None:
         _stopped(place, ended, *numbers)
 
 
+def in_background(number: int, place: Place) -> None:
+    """A signal while a checkpoint is written in the background: that one and the last step's are there."""
+    ended = place.gpt(commands.BACKGROUND, partial(causes.at_step, 7, partial(causes.receive, number)))
+    ended.expect(CODES[signal.Signals(number)])
+    if steps(place.run)[-2:] != [6, 7]:
+        raise Failed(f"stopped after step 7, but the newest checkpoints are {steps(place.run)}")
+    place.go_on().expect(0)
+    place.require_equal("run", "background")
+
+
 def during_resume(number: int, place: Place) -> None:
     """A signal while a run is being opened: nothing of it is lost."""
     place.take("stopped", "run")
@@ -92,6 +102,10 @@ SCENARIOS = (
         )
         for number in CODES
         for part in PARTS
+    ),
+    *(
+        Scenario("signals", f"{signal.Signals(number).name}, --async-save", partial(in_background, number))
+        for number in CODES
     ),
     *(Scenario("signals", f"at random, seed {seed}", partial(anywhere, seed)) for seed in range(24)),
     *(
