@@ -105,14 +105,19 @@ def remedies(shape: ModelConfig, settings: TrainConfig, device: torch.device) ->
     )
 
 
-def require_room(config: RunConfig, device: torch.device) -> None:
-    """Refuse a run before anything of it is allocated. Its vocabulary, dtype and micro-batch are resolved.
+def require_room(config: RunConfig, device: torch.device, where: str = "") -> None:
+    """Refuse a run before anything of it is allocated.
+
+    Args:
+        config: with vocabulary, dtype and micro-batch resolved.
+        device: of the run.
+        where: begins the message.
 
     Raises:
         TrainingError: by `estimate`, a step needs more than all of the device's memory.
     """
     if estimate(config.model, config.train, device).total > (total := total_memory(device)):
-        has = f"{_named(device)} has {gib(total)}, and "
+        has = f"{where}{_named(device)} has {gib(total)}, and "
         raise TrainingError(f"{has}{remedies(config.model, config.train, device)}")
 
 

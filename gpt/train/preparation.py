@@ -63,6 +63,7 @@ def prepare(
     start = state.step if state else 0
     require_prompt(tokenizer, config)
     given, config = config.flat(), settle(config, tokenizer, device)
+    require_room(config, device, f"{out}: " if resume else "")
     compiling = precompile(config, device)
     shards = token_shards(config.train.data, tokenizer, config.train.val_fraction, progress=True)
     loader = TokenLoader(
@@ -157,7 +158,6 @@ def settle(config: RunConfig, tokenizer: Tokenizer, device: torch.device) -> Run
         verify(config, device)
         largest = largest_micro_batch(config, device)
         config = replace(config, train=replace(config.train, micro_batch=largest))
-    require_room(config, device)
     return config
 
 

@@ -125,3 +125,14 @@ def test_not_even_one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(TrainingError, match="out of memory: 1 needs 9 GiB"):
         largest_micro_batch(RunConfig(SHAPE, SETTINGS), torch.device("cuda"))
+
+
+def test_a_step_beyond_the_memory_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    need = estimate(SHAPE, SETTINGS, CPU).total
+    monkeypatch.setattr(memory, "total_memory", lambda _: need)
+    memory.require_room(RunConfig(SHAPE, SETTINGS), CPU)
+    monkeypatch.setattr(memory, "total_memory", lambda _: need - 1)
+    with pytest.raises(
+        TrainingError, match=r"^runs/x: this machine has .* GiB, and a step of 4 x 64 .*What helps: --micro"
+    ):
+        memory.require_room(RunConfig(SHAPE, SETTINGS), CPU, "runs/x: ")
