@@ -243,7 +243,7 @@ def test_a_mistake_in_a_file_is_named(text: str, message: str, toml: Callable[[s
 
 
 def test_a_setting_that_a_runs_file_leaves_out_is_named_with_the_file(tmp_path: Path) -> None:
-    (tmp_path / "config.toml").write_text("[model]\nn_embd = 8\n")  # the default of n_head is 12
+    (tmp_path / "config.toml").write_text(f"[model]\nn_embd = 8\n{END}\n")  # the default of n_head is 12
     with pytest.raises(InputError, match=r"config\.toml: n_head = 12 does not divide n_embd = 8"):
         run_config(tmp_path)
 
