@@ -300,6 +300,7 @@ class _World:
 
     def _settle(self) -> None:
         """Fill the cache with notes, which hold for these very files, and take what is here now for what shall stay."""
+        shutil.rmtree(self.root / "world/cache/known", ignore_errors=True)  # of files that were mutated
         warm()
         for path in self.root.rglob("*"):
             if path.is_file():
