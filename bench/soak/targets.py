@@ -233,6 +233,7 @@ TARGETS = [
     Target("verdicts", 4, "cache/verified/*", "json", lambda: list(facts(torch.device("cpu")))),
     # the same through the command line
     Target("gpt-generate", 4, ANY, "any", gpt(f"generate {RUN} --max-tokens 5 --seed 1")),
+    Target("gpt-generate-checkpoint", 2, ANY, "any", gpt(f"generate {RUN}/checkpoints/step-000004 --max-tokens 5 --seed 1")),
     Target("gpt-evaluate", 3, ANY, "any", gpt(f"evaluate {RUN}")),
     Target("gpt-evaluate-shards", 3, f"{SHARDS}/*", "any", gpt(f"evaluate {RUN} --data {SHARDS}")),
     Target("gpt-resume", 1, ANY, "any", gpt(f"train --resume {RUN} --steps 4 --epochs 0 --sample-tokens 4 --eval-windows 2"), writes=(RUN,)),
