@@ -40,7 +40,7 @@ def in_place(name: str, flags: int) -> int:
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise InputError(name, "it is a symbolic link", remedy) from None
-        if error.errno == errno.ENXIO:
+        if error.errno in (errno.ENXIO, errno.EISDIR):
             raise InputError(name, "it is no regular file", remedy) from None
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -132,19 +132,23 @@ class AppendedFile:
 
     Args:
         path: created where it does not exist.
-        size: bytes that stay of what is there; None: all.
 
     Raises:
-        OSError: it cannot be opened, or is no file: a pipe would take records until its reader is gone.
+        InputError: it is no regular file: a pipe would take records until its reader is gone.
+        OSError: it cannot be opened.
     """
 
-    def __init__(self, path: Path, size: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         with named(path):
             self._file = open(path, "ab", buffering=0, opener=in_place)  # noqa: SIM115
-            if size is not None and size < self.size:
-                self._file.truncate(size)
         flush(path.parent)
+
+    def cut(self, size: int) -> None:
+        """Remove what follows the first `size` bytes."""
+        if size < self.size:
+            with named(self.path):
+                self._file.truncate(size)
 
     @property
     def size(self) -> int:

@@ -58,7 +58,8 @@ class MetricsLog:
     def __init__(self, path: Path, size: int = 0) -> None:
         kept = _content(path)[:size].rpartition(b"\n")
         self.history = _records(path, kept[0] + kept[1])
-        self._file = AppendedFile(path, len(kept[0] + kept[1]))
+        self._file = AppendedFile(path)
+        self._file.cut(len(kept[0] + kept[1]))
 
     @property
     def size(self) -> int:

@@ -124,6 +124,9 @@ def _opened(file: Path, remedy: str) -> Iterator[Any]:
             yield opened
     except SafetensorError as error:
         raise InputError(file, f"it is damaged or no safetensors file ({error})", remedy) from None
+    except MemoryError:
+        what = f"its {file.stat().st_size:,} bytes do not fit into the memory"
+        raise InputError(file, what, "free some, or take a machine that has more") from None
     except OSError as error:
         if isinstance(error, InputError):
             raise

@@ -106,8 +106,9 @@ def prepare(
         create_run(out, config, tokenizer, {**origins, **settled})
         held.enter_context(lock_run(out))
     sizes: Mapping[str, int] = state.files if state else {}
+    samples = AppendedFile(out / "samples.txt")
     log = MetricsLog(out / "metrics.jsonl", sizes.get("metrics.jsonl", 0))
-    samples = AppendedFile(out / "samples.txt", sizes.get("samples.txt", 0))
+    samples.cut(sizes.get("samples.txt", 0))
     keep, every = config.train.keep_checkpoints, config.train.keep_every
     writer = CheckpointWriter(out, keep, every, config.train.async_save, saved=start if state else None)
     step.before_update = writer.wait_for_copy

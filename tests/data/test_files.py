@@ -111,7 +111,8 @@ def test_a_record_is_whole_or_absent(tmp_path, monkeypatch):
     log.append("a long record\n")
     log.close()
     assert (tmp_path / "metrics.jsonl").read_text() == "one\na long record\n"
-    kept = AppendedFile(tmp_path / "metrics.jsonl", size=4)
+    kept = AppendedFile(tmp_path / "metrics.jsonl")
+    kept.cut(4)
     kept.append("two\n")
     assert (tmp_path / "metrics.jsonl").read_text() == "one\ntwo\n"
 
@@ -123,6 +124,8 @@ def test_records_go_into_a_file_only(tmp_path):
     with pytest.raises(InputError, match=r"samples\.txt: it is no regular file"):
         AppendedFile(tmp_path / "samples.txt")
     os.close(reader)
+    with pytest.raises(InputError, match="it is no regular file"):
+        AppendedFile(tmp_path)
 
 
 def test_nothing_is_written_through_a_symbolic_link(tmp_path):
@@ -132,7 +135,7 @@ def test_nothing_is_written_through_a_symbolic_link(tmp_path):
     link = tmp_path / "metrics.jsonl"
     link.symlink_to(precious)
     with pytest.raises(InputError, match=r"metrics\.jsonl: it is a symbolic link"):
-        AppendedFile(link, 0)
+        AppendedFile(link)
     unfinished = tmp_path / f".state.json.{os.getpid()}.tmp"
     unfinished.symlink_to(precious)
     with pytest.raises(InputError, match="it is a symbolic link"):

@@ -261,6 +261,10 @@ def test_kills_while_tokenising_leave_nothing_that_is_used(text, home):
     text.write_text(text.read_text() * 200)
     tokenizer = make_tokenizer("char", [text.read_text()])
     folder, corpus, delays = home / "tokens" / "x", open_corpus(text), random.Random(0)
+    start = time.monotonic()
+    tokenize(corpus, tokenizer, folder)
+    whole = time.monotonic() - start
+    shutil.rmtree(folder)
     outcomes = set()
     for _ in range(12):
         child = os.fork()
@@ -268,7 +272,7 @@ def test_kills_while_tokenising_leave_nothing_that_is_used(text, home):
             with contextlib.suppress(BaseException):
                 tokenize(corpus, tokenizer, folder)
             os._exit(0)
-        time.sleep(delays.uniform(0, 0.15))
+        time.sleep(delays.uniform(0, whole))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         outcomes.add(folder.exists())

@@ -18,7 +18,7 @@ from fusedgpt.data.untrusted import InputError
 
 INPUTS, PARTS = 20_000, 4
 # what is wrong in the cache is found out anew, and where it is in a checkpoint the one before is used
-TOLERANT = ("verdicts", "cached-", "run-state", "run-manifest", "resume-manifest")
+TOLERANT = ("verdicts", "cached-", "run-state", "run-manifest", "resume-manifest", "resume-state")
 
 
 @pytest.fixture(scope="module")

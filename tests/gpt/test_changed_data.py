@@ -75,6 +75,6 @@ def test_a_run_is_not_resumed_on_data_that_changed_anywhere(capfd):
     before = Path("run/config.toml").read_bytes()
     assert main(["train", "--resume", "run", "--steps", "4", "--device", "cpu"]) == 2
     error = capfd.readouterr().err.splitlines()[-1]
-    assert "other training data" in error
+    assert "cannot continue in these data: training tokens" in error
     assert "validation" not in error
     assert Path("run/config.toml").read_bytes() == before
