@@ -5,6 +5,7 @@ subprocesses, PYTHONPATH. The checkout itself is kept off both, else `import ker
 """
 
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -25,6 +26,9 @@ os.environ["PYTHONSAFEPATH"] = "1"
 os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
 # The tests' tensors are small, and the bits must not depend on the core count.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under nohup, or in the background of a script, these are ignored, and so they would be in every process of a test.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that asks the network is a mistake: it shall fail at once
 
 import torch  # noqa: E402  # after the variables that it reads, before Triton, which it does not import

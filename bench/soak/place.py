@@ -181,6 +181,7 @@ def _command(argv: list[str], folder: Path, log: Path, causes: Sequence[Cause]) 
     os.chdir(folder)
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     from ...gpt.cli import main
     from ...gpt.train import loop
 
