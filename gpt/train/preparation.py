@@ -138,7 +138,7 @@ def prepare(
         signals=signals,
         floor=best_possible(shards.corpus, tokenizer, config.train.eval_windows),
         losses=losses,
-        norm=torch.full((), norm, device=device),
+        norm=torch.tensor(norm, device=device),
         ends={config.train.steps, *([state.config.get("steps")] if state and start else [])},
     )
     compiling.join()
